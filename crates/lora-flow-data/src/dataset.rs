@@ -1,0 +1,205 @@
+//! The Dataset artifact: `part-NNNNN.parquet` files in name order, and `dataset.json`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, RecordBatch};
+use arrow_schema::{DataType, SchemaRef};
+use arrow_select::concat::concat_batches;
+use lora_flow_core::{Artifact, Error, Result, ResultExt};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use serde::{Deserialize, Serialize};
+
+use crate::data_file::{DataFile, FileFormat};
+
+/// Rows of a row group. Rows are written in whole groups, so that the bytes of a part depend on
+/// the rows alone and not on how they came in.
+const ROW_GROUP_ROWS: usize = 2048;
+/// Row groups of a part.
+const PART_GROUPS: usize = 256;
+
+/// What `dataset.json` says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatasetInfo {
+    /// Number of rows.
+    pub rows: u64,
+    /// Bytes of text in all columns.
+    pub bytes: u64,
+    /// Column name → Arrow type.
+    pub columns: BTreeMap<String, String>,
+}
+
+/// Properties of every Parquet file that we write: zstd, no statistics (texts make them large),
+/// and nothing that names a version or a time.
+pub(crate) fn parquet_properties(row_group_rows: usize) -> Result<ArrowWriterOptions> {
+    let level = ZstdLevel::try_new(3).context("zstd level")?;
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(level))
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_offset_index_disabled(true)
+        .set_max_row_group_row_count(Some(row_group_rows))
+        .set_created_by("lora-flow".to_owned())
+        .build();
+    Ok(ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true))
+}
+
+/// Writes the files of a Dataset artifact; equal rows give equal bytes.
+pub struct DatasetWriter {
+    folder: PathBuf,
+    schema: SchemaRef,
+    writer: Option<ArrowWriter<std::fs::File>>,
+    /// Rows that do not fill a row group yet.
+    pending: Vec<RecordBatch>,
+    pending_rows: usize,
+    parts: usize,
+    groups: usize,
+    rows: u64,
+    bytes: u64,
+}
+
+impl DatasetWriter {
+    /// A writer into an empty folder.
+    pub fn new(folder: &Path, schema: SchemaRef) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            schema,
+            writer: None,
+            pending: Vec::new(),
+            pending_rows: 0,
+            parts: 0,
+            groups: 0,
+            rows: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Adds rows.
+    ///
+    /// # Errors
+    /// When they are of another schema or cannot be written.
+    pub fn write(&mut self, rows: &RecordBatch) -> Result<()> {
+        if rows.num_rows() == 0 {
+            return Ok(());
+        }
+        self.rows += rows.num_rows() as u64;
+        self.bytes += rows.columns().iter().map(|c| text_bytes(c.as_ref())).sum::<u64>();
+        self.pending_rows += rows.num_rows();
+        self.pending.push(rows.clone());
+        while self.pending_rows >= ROW_GROUP_ROWS {
+            self.write_group(ROW_GROUP_ROWS)?;
+        }
+        Ok(())
+    }
+
+    fn write_group(&mut self, rows: usize) -> Result<()> {
+        let all = concat_batches(&self.schema, &self.pending).context("cannot gather rows")?;
+        let rest = all.slice(rows, all.num_rows() - rows);
+        self.pending_rows = rest.num_rows();
+        self.pending = if rest.num_rows() > 0 { vec![rest] } else { Vec::new() };
+        if self.groups == PART_GROUPS {
+            self.close_part()?;
+        }
+        let writer = match &mut self.writer {
+            Some(writer) => writer,
+            None => {
+                let path = self.folder.join(format!("part-{:05}.parquet", self.parts));
+                let file = std::fs::File::create(&path)
+                    .with_context(|| format!("cannot create `{}`", path.display()))?;
+                let options = parquet_properties(ROW_GROUP_ROWS)?;
+                let writer = ArrowWriter::try_new_with_options(file, self.schema.clone(), options)
+                    .context("these columns cannot be written as Parquet")?;
+                self.writer.insert(writer)
+            }
+        };
+        writer.write(&all.slice(0, rows)).context("cannot write rows")?;
+        self.groups += 1;
+        Ok(())
+    }
+
+    fn close_part(&mut self) -> Result<()> {
+        if let Some(writer) = self.writer.take() {
+            writer.close().context("cannot write rows")?;
+            self.parts += 1;
+            self.groups = 0;
+        }
+        Ok(())
+    }
+
+    /// Writes what is left and `dataset.json`.
+    ///
+    /// # Errors
+    /// When there were no rows at all or the files cannot be written.
+    pub fn finish(mut self) -> Result<DatasetInfo> {
+        if self.pending_rows > 0 {
+            self.write_group(self.pending_rows)?;
+        }
+        self.close_part()?;
+        if self.rows == 0 {
+            return Err(Error::new("there are no rows to write"));
+        }
+        let columns = self
+            .schema
+            .fields()
+            .iter()
+            .map(|f| (f.name().clone(), f.data_type().to_string()))
+            .collect();
+        let info = DatasetInfo { rows: self.rows, bytes: self.bytes, columns };
+        let json = serde_json::to_string_pretty(&info)? + "\n";
+        fs_err::write(self.folder.join("dataset.json"), json)?;
+        Ok(info)
+    }
+}
+
+/// Bytes of all strings in an array.
+fn text_bytes(array: &dyn Array) -> u64 {
+    match array.data_type() {
+        DataType::Utf8 => {
+            let offsets = array.as_string::<i32>().value_offsets();
+            let (first, last) = (offsets.first().copied(), offsets.last().copied());
+            u64::try_from(last.unwrap_or(0) - first.unwrap_or(0)).unwrap_or(0)
+        }
+        DataType::List(_) => {
+            let list = array.as_list::<i32>();
+            let offsets = list.value_offsets();
+            let first = usize::try_from(offsets.first().copied().unwrap_or(0)).unwrap_or(0);
+            let last = usize::try_from(offsets.last().copied().unwrap_or(0)).unwrap_or(0);
+            text_bytes(list.values().slice(first, last - first).as_ref())
+        }
+        DataType::Struct(_) => {
+            array.as_struct().columns().iter().map(|c| text_bytes(c.as_ref())).sum()
+        }
+        _ => 0,
+    }
+}
+
+/// The files of rows in an artifact, in name order. `reference` is what the pipeline calls it.
+///
+/// # Errors
+/// When it has none.
+pub fn dataset_files(artifact: &Artifact, reference: &str) -> Result<Vec<DataFile>> {
+    let files: Vec<DataFile> = artifact
+        .files
+        .iter()
+        // `.json` beside data is a description, not rows.
+        .filter(|(name, _)| !name.ends_with(".json"))
+        .filter_map(|(name, file)| {
+            Some(DataFile {
+                name: format!("{reference}/{name}"),
+                path: file.path.clone(),
+                format: FileFormat::from_name(name)?,
+            })
+        })
+        .collect();
+    if files.is_empty() {
+        let names: Vec<_> = artifact.files.keys().map(|n| format!("`{n}`")).collect();
+        return Err(Error::new(format!(
+            "`{reference}` holds no Parquet, JSONL or CSV file; it holds {}",
+            if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
+        )));
+    }
+    Ok(files)
+}

@@ -1,0 +1,87 @@
+//! How a padding-free batch is cut into blocks of query rows.
+
+use std::ops::Range;
+
+/// Most query rows of a block: a multiple of the heights of all register tiles.
+pub(super) const QUERY_ROWS: usize = 96;
+
+/// The blocks of a batch and what each row sees. Depends on the lengths alone.
+#[derive(Debug)]
+pub(super) struct Blocks {
+    /// First token that each token sees; never falls. The last one is the token itself.
+    pub(super) first_seen: Vec<usize>,
+    /// Token ranges of the blocks, in order.
+    pub(super) blocks: Vec<Range<usize>>,
+    /// Ranges into `blocks` that share no key: one long document, or several short ones that fill
+    /// a single block together.
+    pub(super) segments: Vec<Range<usize>>,
+}
+
+impl Blocks {
+    /// Cuts documents with the cumulative lengths `docs`.
+    pub(super) fn new(docs: &[usize], window: Option<usize>) -> Self {
+        let window = window.unwrap_or(usize::MAX);
+        let tokens = docs.last().copied().unwrap_or(0);
+        let mut cut = Self {
+            first_seen: Vec::with_capacity(tokens),
+            blocks: Vec::new(),
+            segments: Vec::new(),
+        };
+        let mut short = 0..0;
+        for pair in docs.windows(2) {
+            let (start, end) = (pair[0], pair[1]);
+            cut.first_seen
+                .extend((start..end).map(|token| start.max((token + 1).saturating_sub(window))));
+            if end - short.start > QUERY_ROWS {
+                cut.segment(short);
+                short = start..end;
+            } else {
+                short.end = end;
+            }
+        }
+        cut.segment(short);
+        cut
+    }
+
+    /// Adds the documents of `tokens`, which is one document if it is longer than a block.
+    fn segment(&mut self, tokens: Range<usize>) {
+        if tokens.is_empty() {
+            return;
+        }
+        let first = self.blocks.len();
+        self.blocks.extend(
+            tokens
+                .clone()
+                .step_by(QUERY_ROWS)
+                .map(|start| start..tokens.end.min(start + QUERY_ROWS)),
+        );
+        self.segments.push(first..self.blocks.len());
+    }
+
+    /// The tokens of a segment.
+    pub(super) fn tokens(&self, segment: &Range<usize>) -> Range<usize> {
+        self.blocks[segment.start].start..self.blocks[segment.end - 1].end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_documents_share_a_block_and_long_ones_do_not() {
+        let cut = Blocks::new(&[0, 3, 10, 210, 210, 215, 310], None);
+        assert_eq!(cut.blocks, [0..10, 10..106, 106..202, 202..210, 210..215, 215..310]);
+        assert_eq!(cut.segments, [0..1, 1..4, 4..5, 5..6]);
+        assert_eq!(cut.first_seen.len(), 310);
+        assert_eq!((cut.first_seen[9], cut.first_seen[209], cut.first_seen[214]), (3, 10, 210));
+        assert_eq!(cut.tokens(&cut.segments[1]), 10..210);
+    }
+
+    #[test]
+    fn a_window_moves_the_first_seen_token() {
+        let cut = Blocks::new(&[0, 4, 6], Some(2));
+        assert_eq!(cut.first_seen, [0, 0, 1, 2, 4, 4]);
+        assert!(Blocks::new(&[0], None).blocks.is_empty());
+    }
+}

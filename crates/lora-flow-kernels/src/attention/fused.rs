@@ -1,0 +1,429 @@
+//! Blockwise attention on the CPU.
+//!
+//! Forward: one task for each block of query rows and head. Backward: one task for each segment
+//! and query head, which walks its blocks in order; heads that share a key head are added up in
+//! order afterwards. Tiles that lie wholly above the diagonal or outside the documents of their
+//! rows are skipped; cells masked inside a tile become probabilities of 0.
+
+use super::Dims;
+use super::blocks::{Blocks, QUERY_ROWS};
+use super::panels::{Head, TokenPanels, WidthPanels, fill};
+use super::tile::{Left, PANEL, Target, product};
+use crate::common::{Aligned, Shared, View, tensor, zeros};
+use crate::simd::{Isa, dispatch, dot, exp, max, sum};
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Keys of a block: scores of QUERY_ROWS × KEYS stay in the second-level cache.
+const KEYS: usize = 256;
+/// Rows that are multiplied together with one range of the other side.
+const ROWS: usize = 12;
+
+/// See [`super::forward`].
+pub(super) fn forward(
+    dims: Dims,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    docs: &[usize],
+    scale: f32,
+    window: Option<usize>,
+) -> Result<(Tensor, Tensor)> {
+    let Dims { tokens, heads, kv_heads, width } = dims;
+    let (q, k, v) = (View::new(q, "q")?, View::new(k, "k")?, View::new(v, "v")?);
+    let (q, k, v) = (q.f32()?, k.f32()?, v.f32()?);
+    let cut = Blocks::new(docs, window);
+    let keys = TokenPanels::new(k, tokens, kv_heads, width);
+    let values = WidthPanels::new(v, tokens, kv_heads, width);
+    let (mut o, mut lse) = (zeros(q.len()), zeros(heads * tokens));
+    let (o_parts, lse_parts) = (Shared::new(&mut o), Shared::new(&mut lse));
+    (0..cut.blocks.len() * heads).into_par_iter().for_each_init(
+        || ForwardScratch::new(width),
+        |scratch, task| {
+            let (block, head) = (&cut.blocks[task / heads], task % heads);
+            let block = Block { rows: block.clone(), first_seen: &cut.first_seen[block.clone()] };
+            let kv_head = head / dims.group();
+            let q = Head::new(q, heads, head, width);
+            scratch.run(&block, q, &keys, &values, kv_head, scale);
+            // Safety: each row of each head belongs to one task.
+            let lse = unsafe { lse_parts.slice(head * tokens + block.rows.start, block.len()) };
+            for (row, lse) in lse.iter_mut().enumerate() {
+                let (max, sum) = scratch.running[row];
+                *lse = max + sum.ln();
+                let at = ((block.rows.start + row) * heads + head) * width;
+                // Safety: as above.
+                let o = unsafe { o_parts.slice(at, width) };
+                let inverse = 1.0 / sum;
+                for (o, &x) in o.iter_mut().zip(&scratch.o[row * scratch.o_stride..]) {
+                    *o = x * inverse;
+                }
+            }
+        },
+    );
+    Ok((tensor(o, &[tokens, heads, width])?, tensor(lse, &[heads, tokens])?))
+}
+
+/// A block of query rows.
+struct Block<'a> {
+    /// Its tokens.
+    rows: Range<usize>,
+    /// First token that each row sees.
+    first_seen: &'a [usize],
+}
+
+impl Block<'_> {
+    fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Blocks of keys that some row sees; each begins at a multiple of PANEL.
+    fn key_blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let start = self.first_seen.first().map_or(0, |first| first / PANEL * PANEL);
+        let end = self.rows.end;
+        (start..end).step_by(KEYS).map(move |start| start..end.min(start + KEYS))
+    }
+
+    /// The rows that see any key of `keys`, counted from the start of the block.
+    fn rows_seeing(&self, keys: Range<usize>) -> Range<usize> {
+        let first = keys.start.max(self.rows.start) - self.rows.start;
+        let end = self.first_seen.partition_point(|&seen| seen < keys.end);
+        first.min(end)..end
+    }
+
+    /// The keys among `keys` that any of `rows` sees.
+    fn keys_seen(&self, rows: Range<usize>, keys: &Range<usize>) -> Range<usize> {
+        let start = self.first_seen[rows.start].max(keys.start);
+        let end = (self.rows.start + rows.end).min(keys.end);
+        start..end.max(start)
+    }
+
+    /// Groups of rows for products.
+    fn row_groups(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let len = self.len();
+        (0..len).step_by(ROWS).map(move |start| start..len.min(start + ROWS))
+    }
+
+    /// `out` [rows, KEYS] = left · panelsᵀ for the keys that each row sees (and some others).
+    fn times_keys(
+        &self,
+        out: &mut [f32],
+        left: Head<'_>,
+        panels: &TokenPanels,
+        kv_head: usize,
+        keys: &Range<usize>,
+    ) {
+        for first in keys.clone().step_by(PANEL) {
+            let rows = self.rows_seeing(first..first + PANEL);
+            if rows.is_empty() {
+                continue;
+            }
+            let target = Target {
+                data: &mut out[rows.start * KEYS + first - keys.start..],
+                stride: KEYS,
+                add: false,
+            };
+            let data = &left.data[(self.rows.start + rows.start) * left.stride..];
+            let left = Left { data, row: left.stride, column: 1 };
+            product(target, rows.len(), panels.width(), left, panels.panel(kv_head, first));
+        }
+    }
+
+    /// `out` [rows, `out_stride`] += weights [rows, KEYS] · panels over the keys of `keys`.
+    fn times_values(
+        &self,
+        out: &mut [f32],
+        out_stride: usize,
+        weights: &[f32],
+        panels: &WidthPanels,
+        kv_head: usize,
+        keys: &Range<usize>,
+    ) {
+        for rows in self.row_groups() {
+            let seen = self.keys_seen(rows.clone(), keys);
+            if seen.is_empty() {
+                continue;
+            }
+            let data = &weights[rows.start * KEYS + seen.start - keys.start..];
+            let left = Left { data, row: KEYS, column: 1 };
+            for panel in 0..out_stride / PANEL {
+                let target = Target {
+                    data: &mut out[rows.start * out_stride + panel * PANEL..],
+                    stride: out_stride,
+                    add: true,
+                };
+                let right = panels.panel(kv_head, panel, seen.start);
+                product(target, rows.len(), seen.len(), left, right);
+            }
+        }
+    }
+
+    /// `out` [tokens of the segment, `out_stride`] += weightsᵀ · panels, where `panels` are those
+    /// of the block's own rows: the gradient that the rows send to the keys of `keys`.
+    fn transposed_times_rows(
+        &self,
+        out: &mut [f32],
+        out_stride: usize,
+        first_token: usize,
+        weights: &[f32],
+        panels: &[f32],
+        keys: &Range<usize>,
+    ) {
+        let start = self.first_seen[0].max(keys.start);
+        for first in (start..keys.end).step_by(ROWS) {
+            let count = ROWS.min(keys.end - first);
+            let rows = self.rows_seeing(first..first + count);
+            if rows.is_empty() {
+                continue;
+            }
+            let data = &weights[rows.start * KEYS + first - keys.start..];
+            let left = Left { data, row: 1, column: KEYS };
+            for panel in 0..out_stride / PANEL {
+                let target = Target {
+                    data: &mut out[(first - first_token) * out_stride + panel * PANEL..],
+                    stride: out_stride,
+                    add: true,
+                };
+                let right = &panels[(panel * QUERY_ROWS + rows.start) * PANEL..];
+                product(target, count, rows.len(), left, right);
+            }
+        }
+    }
+}
+
+/// Buffers of one forward task.
+struct ForwardScratch {
+    scores: Aligned,
+    /// Σ exp(score − max)·v of each row so far.
+    o: Aligned,
+    o_stride: usize,
+    /// (max, Σ exp(score − max)) of each row so far.
+    running: Vec<(f32, f32)>,
+}
+
+impl ForwardScratch {
+    fn new(width: usize) -> Self {
+        let o_stride = width.next_multiple_of(PANEL);
+        Self {
+            scores: Aligned::zeros(QUERY_ROWS * KEYS),
+            o: Aligned::zeros(QUERY_ROWS * o_stride),
+            o_stride,
+            running: vec![(f32::NEG_INFINITY, 0.0); QUERY_ROWS],
+        }
+    }
+
+    fn run(
+        &mut self,
+        block: &Block<'_>,
+        q: Head<'_>,
+        keys: &TokenPanels,
+        values: &WidthPanels,
+        kv_head: usize,
+        scale: f32,
+    ) {
+        self.o.fill(0.0);
+        self.running.fill((f32::NEG_INFINITY, 0.0));
+        for range in block.key_blocks() {
+            block.times_keys(&mut self.scores, q, keys, kv_head, &range);
+            for row in 0..block.len() {
+                let scores = &mut self.scores[row * KEYS..][..range.len()];
+                let seen = block.keys_seen(row..row + 1, &range);
+                let seen = seen.start - range.start..seen.end - range.start;
+                let o = &mut self.o[row * self.o_stride..][..self.o_stride];
+                softmax_row(scores, seen, scale, &mut self.running[row], o);
+            }
+            block.times_values(&mut self.o, self.o_stride, &self.scores, values, kv_head, &range);
+        }
+    }
+}
+
+/// See [`super::backward`].
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward(
+    dims: Dims,
+    grad: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    docs: &[usize],
+    scale: f32,
+    window: Option<usize>,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let Dims { tokens, heads, kv_heads, width } = dims;
+    let (grad, q, o) = (View::new(grad, "do")?, View::new(q, "q")?, View::new(o, "o")?);
+    let (k, v, lse) = (View::new(k, "k")?, View::new(v, "v")?, View::new(lse, "lse")?);
+    let (k, v) = (k.f32()?, v.f32()?);
+    let cut = Blocks::new(docs, window);
+    let shared = BackwardInputs {
+        dims,
+        cut: &cut,
+        scale,
+        grad: grad.f32()?,
+        q: q.f32()?,
+        o: o.f32()?,
+        lse: lse.f32()?,
+        keys: TokenPanels::new(k, tokens, kv_heads, width),
+        key_rows: WidthPanels::new(k, tokens, kv_heads, width),
+        values: TokenPanels::new(v, tokens, kv_heads, width),
+    };
+    let mut dq = zeros(tokens * heads * width);
+    let (mut dk, mut dv) = (zeros(k.len()), zeros(v.len()));
+    let parts = (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
+    (0..cut.segments.len() * kv_heads).into_par_iter().for_each(|task| {
+        let (segment, kv_head) = (&cut.segments[task / kv_heads], task % kv_heads);
+        let group = kv_head * dims.group()..(kv_head + 1) * dims.group();
+        let sent: Vec<(Aligned, Aligned)> =
+            group.into_par_iter().map(|head| shared.head(segment, head, parts.0)).collect();
+        let stride = width.next_multiple_of(PANEL);
+        for (row, token) in cut.tokens(segment).enumerate() {
+            let at = (token * kv_heads + kv_head) * width;
+            // Safety: each row of each key head belongs to one task.
+            let (dk, dv) = unsafe { (parts.1.slice(at, width), parts.2.slice(at, width)) };
+            for (dk_head, dv_head) in &sent {
+                dk.iter_mut().zip(&dk_head[row * stride..]).for_each(|(sum, x)| *sum += x);
+                dv.iter_mut().zip(&dv_head[row * stride..]).for_each(|(sum, x)| *sum += x);
+            }
+        }
+    });
+    let kv_dims = [tokens, kv_heads, width];
+    Ok((tensor(dq, &[tokens, heads, width])?, tensor(dk, &kv_dims)?, tensor(dv, &kv_dims)?))
+}
+
+/// What all tasks of a backward read.
+struct BackwardInputs<'a> {
+    dims: Dims,
+    cut: &'a Blocks,
+    scale: f32,
+    grad: &'a [f32],
+    q: &'a [f32],
+    o: &'a [f32],
+    lse: &'a [f32],
+    keys: TokenPanels,
+    key_rows: WidthPanels,
+    values: TokenPanels,
+}
+
+impl BackwardInputs<'_> {
+    /// The gradients that query head `head` sends through one segment: its own rows of `dq`, and
+    /// its part of dk and dv [tokens of the segment, D rounded up to PANEL].
+    fn head(&self, segment: &Range<usize>, head: usize, dq_parts: Shared) -> (Aligned, Aligned) {
+        let Dims { tokens, heads, width, .. } = self.dims;
+        let kv_head = head / self.dims.group();
+        let segment_tokens = self.cut.tokens(segment);
+        let stride = width.next_multiple_of(PANEL);
+        let (mut dk, mut dv) = (
+            Aligned::zeros(segment_tokens.len() * stride),
+            Aligned::zeros(segment_tokens.len() * stride),
+        );
+        let (mut p, mut ds) =
+            (Aligned::zeros(QUERY_ROWS * KEYS), Aligned::zeros(QUERY_ROWS * KEYS));
+        let mut dq = Aligned::zeros(QUERY_ROWS * stride);
+        let (mut q_rows, mut grad_rows) =
+            (Aligned::zeros(QUERY_ROWS * stride), Aligned::zeros(QUERY_ROWS * stride));
+        let mut delta = zeros(QUERY_ROWS);
+        let q = Head::new(self.q, heads, head, width);
+        let o = Head::new(self.o, heads, head, width);
+        let grad = Head::new(self.grad, heads, head, width);
+        for rows in &self.cut.blocks[segment.clone()] {
+            let block =
+                Block { rows: rows.clone(), first_seen: &self.cut.first_seen[rows.clone()] };
+            let lse = &self.lse[head * tokens..][..tokens][rows.clone()];
+            for (row, delta) in delta[..block.len()].iter_mut().enumerate() {
+                *delta = dot_rows(grad.row(rows.start + row), o.row(rows.start + row));
+            }
+            for panel in 0..stride / PANEL {
+                let cells = panel * QUERY_ROWS * PANEL..(panel * QUERY_ROWS + block.len()) * PANEL;
+                fill(&mut q_rows[cells.clone()], q, rows.start, panel);
+                fill(&mut grad_rows[cells], grad, rows.start, panel);
+            }
+            dq.fill(0.0);
+            for range in block.key_blocks() {
+                block.times_keys(&mut p, q, &self.keys, kv_head, &range);
+                block.times_keys(&mut ds, grad, &self.values, kv_head, &range);
+                for row in 0..block.len() {
+                    let seen = block.keys_seen(row..row + 1, &range);
+                    let seen = seen.start - range.start..seen.end - range.start;
+                    let cells = row * KEYS..row * KEYS + range.len();
+                    let (p, ds) = (&mut p[cells.clone()], &mut ds[cells]);
+                    score_gradient_row(p, ds, seen, self.scale, lse[row], delta[row]);
+                }
+                let first = segment_tokens.start;
+                block.transposed_times_rows(&mut dv, stride, first, &p, &grad_rows, &range);
+                block.transposed_times_rows(&mut dk, stride, first, &ds, &q_rows, &range);
+                block.times_values(&mut dq, stride, &ds, &self.key_rows, kv_head, &range);
+            }
+            for row in 0..block.len() {
+                let at = ((rows.start + row) * heads + head) * width;
+                // Safety: each row of each query head belongs to one task.
+                let out = unsafe { dq_parts.slice(at, width) };
+                out.copy_from_slice(&dq[row * stride..][..width]);
+            }
+        }
+        (dk, dv)
+    }
+}
+
+dispatch! {
+    fn softmax_row(
+        scores: &mut [f32], seen: Range<usize>, scale: f32, running: &mut (f32, f32), o: &mut [f32],
+    ) = softmax_row_body;
+    fn score_gradient_row(
+        p: &mut [f32], ds: &mut [f32], seen: Range<usize>, scale: f32, lse: f32, delta: f32,
+    ) = score_gradient_row_body;
+    fn dot_rows(a: &[f32], b: &[f32]) -> f32 = dot;
+}
+
+/// Takes one row of raw scores into the running softmax: the scores in `seen` become
+/// exp(scale·score − max), the others 0, and `o` is scaled to the new maximum.
+#[inline(always)]
+fn softmax_row_body<M: Isa>(
+    scores: &mut [f32],
+    seen: Range<usize>,
+    scale: f32,
+    running: &mut (f32, f32),
+    o: &mut [f32],
+) {
+    scores[..seen.start].fill(0.0);
+    scores[seen.end..].fill(0.0);
+    let scores = &mut scores[seen];
+    if scores.is_empty() {
+        return;
+    }
+    scores.iter_mut().for_each(|x| *x *= scale);
+    let highest = max::<M>(scores);
+    if highest > running.0 {
+        let rescale = exp::<M>(running.0 - highest);
+        running.0 = highest;
+        if running.1 > 0.0 {
+            running.1 *= rescale;
+            o.iter_mut().for_each(|o| *o *= rescale);
+        }
+    }
+    let highest = running.0;
+    scores.iter_mut().for_each(|x| *x = exp::<M>(*x - highest));
+    running.1 += sum::<M>(scores);
+}
+
+/// Raw scores in `p` become probabilities, gradients of probabilities in `ds` become gradients of
+/// raw scores: p·(dp − δ)·scale. Cells outside `seen` become 0 in both.
+#[inline(always)]
+fn score_gradient_row_body<M: Isa>(
+    p: &mut [f32],
+    ds: &mut [f32],
+    seen: Range<usize>,
+    scale: f32,
+    lse: f32,
+    delta: f32,
+) {
+    p[..seen.start].fill(0.0);
+    p[seen.end..].fill(0.0);
+    ds[..seen.start].fill(0.0);
+    ds[seen.end..].fill(0.0);
+    for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen]) {
+        let probability = exp::<M>(M::mul_add(*p, scale, -lse));
+        *p = probability;
+        *ds = probability * scale * (*ds - delta);
+    }
+}

@@ -1,0 +1,112 @@
+//! Causal attention of a padding-free batch: softmax(scale · q·kᵀ)·v for each head, where a token
+//! sees the tokens of its own document up to itself (and no further back than the window).
+//!
+//! Grouped queries: query head h reads key head h / (Hq / Hkv). Neither path ever holds the scores
+//! of the whole batch; the fused one works through blocks with a running softmax (Milakov &
+//! Gimelshein 2018; Dao et al. 2022) and keeps only the log-sum-exp of each row for the backward.
+
+mod blocks;
+mod fused;
+mod panels;
+pub mod reference;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+use crate::common::{all_cpu_f32, check_docs, dims3, expect_shape};
+use candle_core::{Result, Tensor, bail};
+
+/// Attention output o [N, Hq, D] and the log-sum-exp of the scaled scores, lse [Hq, N] (f32).
+///
+/// `q` [N, Hq, D], `k` and `v` [N, Hkv, D]; `docs` are the cumulative lengths of the documents.
+/// With `window` w a token sees itself and the w − 1 before it.
+///
+/// # Errors
+/// If the shapes do not fit, `docs` does not run from 0 to N, or the window is 0.
+pub fn forward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    docs: &[usize],
+    scale: f32,
+    window: Option<usize>,
+) -> Result<(Tensor, Tensor)> {
+    let dims = Dims::check(q, k, v, docs, window)?;
+    if all_cpu_f32(&[q, k, v]) {
+        fused::forward(dims, q, k, v, docs, scale, window)
+    } else {
+        reference::forward(q, k, v, docs, scale, window)
+    }
+}
+
+/// Gradients (dq, dk, dv) of [`forward`] from `grad` = do [N, Hq, D], with the `o` and `lse` that
+/// it returned.
+///
+/// # Errors
+/// As [`forward`].
+#[allow(clippy::too_many_arguments)]
+pub fn backward(
+    grad: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    docs: &[usize],
+    scale: f32,
+    window: Option<usize>,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let dims = Dims::check(q, k, v, docs, window)?;
+    expect_shape(grad, "do", q.dims())?;
+    expect_shape(o, "o", q.dims())?;
+    expect_shape(lse, "lse", &[dims.heads, dims.tokens])?;
+    if all_cpu_f32(&[grad, q, k, v, o, lse]) {
+        fused::backward(dims, grad, q, k, v, o, lse, docs, scale, window)
+    } else {
+        reference::backward(grad, q, k, v, o, lse, docs, scale, window)
+    }
+}
+
+/// The dimensions of one attention.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dims {
+    /// N.
+    tokens: usize,
+    /// Hq.
+    heads: usize,
+    /// Hkv.
+    kv_heads: usize,
+    /// D.
+    width: usize,
+}
+
+impl Dims {
+    fn check(
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        docs: &[usize],
+        window: Option<usize>,
+    ) -> Result<Self> {
+        let (tokens, heads, width) = dims3(q, "q")?;
+        let (_, kv_heads, _) = dims3(k, "k")?;
+        expect_shape(k, "k", &[tokens, kv_heads, width])?;
+        expect_shape(v, "v", &[tokens, kv_heads, width])?;
+        check_docs(docs, tokens)?;
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            bail!("{heads} query heads are not a multiple of {kv_heads} key heads")
+        }
+        if width == 0 {
+            bail!("a head of `q` has no elements, its shape is {:?}", q.dims())
+        }
+        if window == Some(0) {
+            bail!("the attention window must be at least 1")
+        }
+        Ok(Self { tokens, heads, kv_heads, width })
+    }
+
+    /// Query heads that share a key head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+}

@@ -1,0 +1,146 @@
+//! Fused attention against the reference, and the reference against finite differences.
+
+use super::*;
+use crate::testing::{assert_close, check_gradient, f64s, random, same_bits, weighted_sum};
+
+struct Case {
+    docs: Vec<usize>,
+    heads: usize,
+    kv_heads: usize,
+    width: usize,
+    window: Option<usize>,
+}
+
+impl Case {
+    fn new(lengths: &[usize], heads: usize, kv_heads: usize, width: usize) -> Self {
+        let mut docs = vec![0];
+        for length in lengths {
+            docs.push(docs[docs.len() - 1] + length);
+        }
+        Self { docs, heads, kv_heads, width, window: None }
+    }
+
+    fn window(self, window: usize) -> Self {
+        Self { window: Some(window), ..self }
+    }
+
+    fn tokens(&self) -> usize {
+        self.docs[self.docs.len() - 1]
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.width as f32).sqrt()
+    }
+
+    /// q, k, v and the gradient of o.
+    fn inputs(&self) -> [Tensor; 4] {
+        let q = random(&[self.tokens(), self.heads, self.width], 1);
+        let k = random(&[self.tokens(), self.kv_heads, self.width], 2);
+        let v = random(&[self.tokens(), self.kv_heads, self.width], 3);
+        // Scores of some size, so that the softmax is not flat and its maximum moves.
+        [
+            (q * 4.0).unwrap(),
+            (k * 2.0).unwrap(),
+            v,
+            random(&[self.tokens(), self.heads, self.width], 4),
+        ]
+    }
+
+    /// o, lse, dq, dk, dv.
+    fn run(&self, [q, k, v, grad]: &[Tensor; 4]) -> Result<[Tensor; 5]> {
+        let (docs, scale, window) = (&self.docs, self.scale(), self.window);
+        let (o, lse) = forward(q, k, v, docs, scale, window)?;
+        let (dq, dk, dv) = backward(grad, q, k, v, &o, &lse, docs, scale, window)?;
+        Ok([o, lse, dq, dk, dv])
+    }
+}
+
+fn cases() -> Vec<Case> {
+    vec![
+        Case::new(&[1], 1, 1, 16),
+        Case::new(&[1, 1, 1, 2], 3, 1, 16),
+        Case::new(&[5, 0, 17, 1, 30], 2, 2, 64),
+        Case::new(&[96, 97, 1], 3, 1, 16),
+        Case::new(&[300, 3, 4, 191], 3, 3, 16),
+        Case::new(&[13, 131], 6, 2, 80),
+        Case::new(&[40; 9], 2, 1, 5),
+        Case::new(&[600], 2, 1, 24),
+        Case::new(&[600, 20], 2, 1, 16).window(7),
+        Case::new(&[10, 400, 6], 2, 2, 16).window(130),
+        Case::new(&[33, 200], 3, 1, 17).window(1),
+    ]
+}
+
+#[test]
+fn fused_equals_reference() -> Result<()> {
+    for case in cases() {
+        let inputs = case.inputs();
+        let got = case.run(&inputs)?;
+        let inputs64 = [0, 1, 2, 3].map(|i| f64s(&inputs[i]).unwrap());
+        let want = case.run(&inputs64)?;
+        for (got, want) in got.iter().zip(&want) {
+            assert_close(got, want, 1e-5);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn reference_by_finite_differences() -> Result<()> {
+    for case in [Case::new(&[3, 1, 4], 4, 2, 3), Case::new(&[6], 2, 1, 2).window(3)] {
+        let inputs = [0, 1, 2, 3].map(|i| f64s(&case.inputs()[i]).unwrap());
+        let [q, k, v, grad] = &inputs;
+        let [_, _, dq, dk, dv] = case.run(&inputs)?;
+        let loss = |q: &Tensor, k: &Tensor, v: &Tensor| {
+            weighted_sum(&forward(q, k, v, &case.docs, case.scale(), case.window)?.0, grad)
+        };
+        check_gradient(q, &dq, |q| loss(q, k, v))?;
+        check_gradient(k, &dk, |k| loss(q, k, v))?;
+        check_gradient(v, &dv, |v| loss(q, k, v))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn bits_do_not_depend_on_threads() -> Result<()> {
+    for case in [Case::new(&[200, 150, 3, 9], 6, 2, 16), Case::new(&[500], 3, 1, 16).window(100)] {
+        let inputs = case.inputs();
+        same_bits(|| Ok(case.run(&inputs)?.to_vec()))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn documents_do_not_see_each_other() -> Result<()> {
+    // Packed and alone give the same, to rounding (blocks fall differently).
+    let packed = Case::new(&[7, 110, 20], 2, 1, 16);
+    let alone = Case::new(&[110], 2, 1, 16);
+    let inputs = packed.inputs();
+    let cut = [0, 1, 2, 3].map(|i| inputs[i].narrow(0, 7, 110).unwrap());
+    let (in_pack, by_itself) = (packed.run(&inputs)?, alone.run(&cut)?);
+    for part in [0, 2, 3, 4] {
+        assert_close(&in_pack[part].narrow(0, 7, 110)?, &by_itself[part], 2e-6);
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_name_the_argument() {
+    let case = Case::new(&[4], 2, 1, 16);
+    let [q, k, v, _] = case.inputs();
+    let error = |docs: &[usize], k: &Tensor, window| {
+        forward(&q, k, &v, docs, 1.0, window).unwrap_err().to_string()
+    };
+    assert!(error(&[0, 3], &k, None).contains("`docs` must run from 0 to the 4 tokens"));
+    assert!(error(&[0, 3, 2, 4], &k, None).contains("`docs` must not fall, 3 comes before 2"));
+    assert!(error(&[0, 4], &k, Some(0)).contains("window"));
+    assert!(error(&[0, 4], &random(&[4, 1, 8], 1), None).contains("`k` must have shape"));
+}
+
+#[test]
+fn no_tokens() -> Result<()> {
+    let case = Case::new(&[], 2, 1, 16);
+    let got = case.run(&case.inputs())?;
+    assert_eq!(got[0].dims(), [0, 2, 16]);
+    Ok(())
+}

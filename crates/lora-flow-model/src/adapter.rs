@@ -1,0 +1,203 @@
+//! What a pass through the decoder sees of an adapter: its modules by layer and projection,
+//! their dropout masks, and the buffers their gradients are added to.
+
+use candle_core::{DType, Result as CandleResult, Tensor};
+use lora_flow_core::{Error, Result};
+use rayon::prelude::*;
+
+use crate::config::ModelConfig;
+use crate::layer::Proj;
+use crate::lora::{Lora, LoraModule};
+
+/// Key of the dropout masks of one pass. The mask of an element is a function of this key, of the
+/// module and of the element's place, so a recomputed forward draws the same one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DropoutKey(pub u64);
+
+/// One adapted projection.
+#[derive(Debug)]
+pub(crate) struct Slot<'a> {
+    /// Index among the modules of the adapter.
+    pub(crate) index: usize,
+    pub(crate) module: &'a LoraModule,
+    /// Probability and key, while training with dropout.
+    dropout: Option<(f64, u64)>,
+}
+
+impl Slot<'_> {
+    /// The dropout mask for an input of the module: 0 or 1/(1 − p), in the input's shape and dtype.
+    pub(crate) fn mask(&self, x: &Tensor) -> CandleResult<Option<Tensor>> {
+        let Some((p, key)) = self.dropout else { return Ok(None) };
+        let mask = dropout_mask(x.elem_count(), p, key);
+        let mask = Tensor::from_vec(mask, x.shape(), &candle_core::Device::Cpu)?;
+        Ok(Some(mask.to_device(x.device())?.to_dtype(x.dtype())?))
+    }
+}
+
+/// `len` elements that are 0 with probability `p` and 1/(1 − p) otherwise.
+fn dropout_mask(len: usize, p: f64, key: u64) -> Vec<f32> {
+    const BLOCK: usize = 16 * 1024;
+    let threshold = (p * 2f64.powi(32)) as u64;
+    let keep = (1.0 / (1.0 - p)) as f32;
+    let mut mask = vec![0f32; len];
+    mask.par_chunks_mut(BLOCK).enumerate().for_each(|(block, cells)| {
+        for (i, pair) in cells.chunks_mut(2).enumerate() {
+            let bits = mix(key, (block * BLOCK / 2 + i) as u64);
+            let halves = [bits & 0xffff_ffff, bits >> 32];
+            for (cell, half) in pair.iter_mut().zip(halves) {
+                *cell = if half < threshold { 0.0 } else { keep };
+            }
+        }
+    });
+    mask
+}
+
+/// The `counter`-th output of SplitMix64 (Steele, Lea & Flood 2014) started at `key`.
+fn mix(key: u64, counter: u64) -> u64 {
+    let mut z = key.wrapping_add(counter.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The adapted projections of one layer.
+#[derive(Debug, Default)]
+pub(crate) struct LayerAdapter<'a> {
+    slots: [Option<Slot<'a>>; 7],
+}
+
+impl<'a> LayerAdapter<'a> {
+    pub(crate) fn slot(&self, p: Proj) -> Option<&Slot<'a>> {
+        self.slots[p as usize].as_ref()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.slots.iter().all(Option::is_none)
+    }
+}
+
+/// The modules of an adapter by layer.
+#[derive(Debug)]
+pub(crate) struct AdapterMap<'a> {
+    pub(crate) layers: Vec<LayerAdapter<'a>>,
+}
+
+impl<'a> AdapterMap<'a> {
+    /// Finds the place of each module.
+    ///
+    /// # Errors
+    /// When a module has no place in the model, shares one, or has other shapes than the model's.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        lora: Option<&'a Lora>,
+        dropout: Option<DropoutKey>,
+    ) -> Result<Self> {
+        let mut layers: Vec<LayerAdapter<'a>> = Vec::new();
+        layers.resize_with(config.num_hidden_layers, LayerAdapter::default);
+        let Some(lora) = lora else { return Ok(Self { layers }) };
+        let dropout = dropout.filter(|_| lora.config.lora_dropout > 0.0);
+        let infos = config.linear_modules();
+        for (index, module) in lora.modules.iter().enumerate() {
+            let at = infos.iter().position(|info| info.path == module.path).ok_or_else(|| {
+                Error::new(format!("the model has no linear layer `{}`", module.path))
+                    .with_hint("the adapter was made for another model")
+            })?;
+            let info = &infos[at];
+            let shapes = [
+                ("lora_A", &module.a, [module.r, info.in_features]),
+                ("lora_B", &module.b, [info.out_features, module.r]),
+            ];
+            for (name, tensor, expected) in shapes {
+                if tensor.dims() != expected {
+                    return Err(Error::new(format!(
+                        "`{name}` of `{}` has the shape {:?}, the model needs {expected:?}",
+                        module.path,
+                        tensor.dims()
+                    ))
+                    .with_hint("the adapter was made for another model"));
+                }
+            }
+            let slot = &mut layers[at / 7].slots[at % 7];
+            if slot.is_some() {
+                return Err(Error::new(format!("the adapter has `{}` twice", module.path)));
+            }
+            let dropout =
+                dropout.map(|DropoutKey(key)| (lora.config.lora_dropout, mix(key, at as u64)));
+            *slot = Some(Slot { index, module, dropout });
+        }
+        Ok(Self { layers })
+    }
+
+    /// The lowest layer that carries an adapter.
+    pub(crate) fn lowest(&self) -> Option<usize> {
+        self.layers.iter().position(|l| !l.is_empty())
+    }
+}
+
+/// Gradients of one module, flat and row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModuleGrads {
+    /// Of A: [r, in].
+    pub a: Vec<f32>,
+    /// Of B: [out, r].
+    pub b: Vec<f32>,
+}
+
+/// Gradients of an adapter, one entry per module in the adapter's order. Passes add to them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraGrads {
+    /// One entry per module.
+    pub modules: Vec<ModuleGrads>,
+}
+
+impl LoraGrads {
+    /// Zeros for the modules of an adapter.
+    pub fn zeros(lora: &Lora) -> Self {
+        let modules = lora.modules.iter().map(|m| ModuleGrads {
+            a: vec![0.0; m.a.elem_count()],
+            b: vec![0.0; m.b.elem_count()],
+        });
+        Self { modules: modules.collect() }
+    }
+
+    /// Sets all to zero.
+    pub fn clear(&mut self) {
+        self.tensors_mut().for_each(|g| g.fill(0.0));
+    }
+
+    /// The gradients of A and B of each module in turn.
+    pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
+        self.modules.iter().flat_map(|m| [m.a.as_slice(), m.b.as_slice()])
+    }
+
+    /// [`Self::tensors`], to change them.
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        self.modules.iter_mut().flat_map(|m| [m.a.as_mut_slice(), m.b.as_mut_slice()])
+    }
+
+    pub(crate) fn add(&mut self, index: usize, da: &Tensor, db: &Tensor) -> CandleResult<()> {
+        let module = &mut self.modules[index];
+        for (sum, new) in [(&mut module.a, da), (&mut module.b, db)] {
+            let new = new.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            debug_assert_eq!(sum.len(), new.len());
+            sum.iter_mut().zip(new).for_each(|(sum, new)| *sum += new);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dropout_drops_the_asked_share_and_keeps_the_mean() {
+        let mask = dropout_mask(100_001, 0.25, 7);
+        let dropped = mask.iter().filter(|m| **m == 0.0).count() as f64 / mask.len() as f64;
+        assert!((dropped - 0.25).abs() < 0.01, "{dropped}");
+        assert!(mask.iter().all(|m| *m == 0.0 || (*m - 4.0 / 3.0).abs() < 1e-6));
+        assert_eq!(mask, dropout_mask(100_001, 0.25, 7));
+        assert_ne!(mask, dropout_mask(100_001, 0.25, 8));
+        assert_eq!(mask[..50_000], dropout_mask(50_000, 0.25, 7), "depends on the place alone");
+    }
+}

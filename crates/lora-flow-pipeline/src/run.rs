@@ -1,0 +1,398 @@
+//! The engine: a plan meets the store.
+//!
+//! For each task, as soon as its inputs are known, the key is made and looked up. A hit is the
+//! result; a miss runs the task. [`Engine::explain`] walks the plan the same way without running
+//! anything.
+
+mod execute;
+mod publish;
+mod report;
+mod reporter;
+mod schedule;
+mod validate;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use lora_flow_core::{CancelToken, DeviceSpec, Digest, Error, Result};
+
+use crate::key::Explained;
+use crate::plan::{Plan, PlannedTask};
+use crate::reason::{LastKeys, Reason, differences};
+use crate::record::{self, RunFolder, RunRecord};
+use crate::stat_cache::StatCache;
+use crate::store::{Entry, Freed, Lookup, STORE_DIR, Store, StoredArtifact};
+
+pub use report::{
+    ErrorRecord, Observer, OutputRecord, RunOptions, RunReport, State, Status, TaskOutcome,
+    TaskStatus,
+};
+
+/// Runs plans against a store.
+#[derive(Debug)]
+pub struct Engine {
+    store: Store,
+    /// Pause before a failed task is tried again; doubled each time.
+    retry_delay: Duration,
+}
+
+impl Engine {
+    /// The engine over the store of a pipeline's root, `.lora-flow` in it unless `cache_dir`
+    /// names another folder.
+    ///
+    /// # Errors
+    /// When the store cannot be opened or made.
+    pub fn open(root: &Path, cache_dir: Option<&Path>) -> Result<Self> {
+        let dir = cache_dir.map_or_else(|| root.join(STORE_DIR), Path::to_owned);
+        Ok(Self { store: Store::open(&dir)?, retry_delay: Duration::from_secs(1) })
+    }
+
+    /// Sets the pause before a failed task is tried again (1 s at first, doubled each time).
+    pub fn with_retry_delay(mut self, delay: Duration) -> Self {
+        self.retry_delay = delay;
+        self
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Reports of all runs that ended, newest first.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn runs(&self) -> Result<Vec<RunReport>> {
+        record::list_runs(&self.store)
+    }
+
+    /// The report of a run by its id, the beginning of its id, or `latest`.
+    ///
+    /// # Errors
+    /// When no run, or more than one, is meant.
+    pub fn load_run(&self, id: &str) -> Result<RunReport> {
+        Ok(self.load_record(id)?.report)
+    }
+
+    /// Everything kept about a run: its report, parameters, command line and environment.
+    ///
+    /// # Errors
+    /// When no run, or more than one, is meant.
+    pub fn load_record(&self, id: &str) -> Result<RunRecord> {
+        record::load_run(&self.store, id)
+    }
+
+    /// Where the log of a task of a run stands. A task that did not execute left none.
+    pub fn log_path(&self, run_id: &str, task: &str) -> PathBuf {
+        record::log_path(&self.store, run_id, task)
+    }
+
+    /// Cleans the store; see [`Store::gc`].
+    ///
+    /// # Errors
+    /// When a pipeline is running in the store, or the store cannot be read or written.
+    pub fn gc(&self, keep_runs: usize, age: Duration, dry_run: bool) -> Result<Freed> {
+        self.store.gc(keep_runs, age, dry_run)
+    }
+
+    /// What a run would do, and why. Reads outside files that it does not know; runs nothing.
+    ///
+    /// # Errors
+    /// When an outside file or the store cannot be read.
+    pub fn explain(
+        &self,
+        plan: &Plan,
+        force: &[String],
+        device: DeviceSpec,
+    ) -> Result<Vec<TaskStatus>> {
+        let _lock = self.store.lock_shared(&CancelToken::default())?;
+        let session = Session::new(&self.store, plan, force, device);
+        let mut foresight = Foresight::default();
+        let mut statuses = Vec::with_capacity(plan.tasks.len());
+        for task in &plan.tasks {
+            let (outlook, state) = session.foresee(task, &foresight)?;
+            foresight.push(outlook);
+            statuses.push(TaskStatus { id: task.id.clone(), kind: task.kind.clone(), state });
+        }
+        session.stats.save(&self.store)?;
+        Ok(statuses)
+    }
+
+    /// Runs a plan. A task's failure is part of the report, not an error.
+    ///
+    /// # Errors
+    /// When the store cannot be read or written.
+    pub fn run(
+        &self,
+        plan: &Plan,
+        options: &RunOptions,
+        observer: Arc<dyn Observer>,
+    ) -> Result<RunReport> {
+        let started = Instant::now();
+        let timestamp = Timestamp::now();
+        let _lock = self.store.lock_for_run(&options.cancel)?;
+        let folder = RunFolder::create(&self.store, timestamp, plan)?;
+        let session = Session::new(&self.store, plan, &options.force, options.device);
+        let tasks = schedule::run(&schedule::Run {
+            session: &session,
+            options,
+            observer,
+            folder: &folder,
+            retry_delay: self.retry_delay,
+        })?;
+        session.stats.save(&self.store)?;
+        let report = RunReport {
+            run_id: folder.id.clone(),
+            name: plan.name.clone(),
+            started: timestamp.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            wall: started.elapsed(),
+            tasks,
+        };
+        folder.finish(&self.store, plan, options, &report)?;
+        Ok(report)
+    }
+}
+
+/// The result of a task that others take inputs from.
+#[derive(Debug)]
+struct Done {
+    outputs: BTreeMap<String, Arc<StoredArtifact>>,
+    denied: bool,
+}
+
+impl Done {
+    fn of(entry: &Entry) -> Arc<Self> {
+        let outputs = entry.outputs.iter().map(|(k, v)| (k.clone(), Arc::new(v.clone())));
+        Arc::new(Self { outputs: outputs.collect(), denied: entry.denied.is_some() })
+    }
+}
+
+/// An artifact at an input port.
+#[derive(Debug, Clone)]
+struct Input {
+    port: String,
+    reference: String,
+    artifact: Arc<StoredArtifact>,
+}
+
+/// What one walk over a plan knows.
+#[derive(Debug)]
+struct Session<'a> {
+    store: &'a Store,
+    plan: &'a Plan,
+    force: &'a [String],
+    device: DeviceSpec,
+    stats: StatCache,
+    last: Mutex<LastKeys>,
+}
+
+impl<'a> Session<'a> {
+    fn new(store: &'a Store, plan: &'a Plan, force: &'a [String], device: DeviceSpec) -> Self {
+        let last = Mutex::new(LastKeys::load(store, &plan.name));
+        Self { store, plan, force, device, stats: StatCache::load(store), last }
+    }
+
+    fn last(&self) -> MutexGuard<'_, LastKeys> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `*`, the task's id, or the name that a matrix fanned out.
+    fn is_forced(&self, task: &PlannedTask) -> bool {
+        let base = task.id.split('[').next().unwrap_or(&task.id);
+        self.force.iter().any(|f| f == "*" || *f == task.id || f == base)
+    }
+
+    /// The input artifacts of a task whose producers are done.
+    fn inputs(&self, task: &PlannedTask, results: &[Option<Arc<Done>>]) -> Result<Vec<Input>> {
+        task.inputs
+            .iter()
+            .map(|edge| {
+                let producer = results.get(edge.task).and_then(Option::as_ref);
+                let artifact = producer.and_then(|done| done.outputs.get(&edge.output));
+                let artifact = artifact.cloned().ok_or_else(|| {
+                    let name = &self.plan.tasks[edge.task].id;
+                    let (port, output) = (&edge.port, &edge.output);
+                    Error::new(format!(
+                        "input `{port}`: `{name}` did not make its output `{output}`"
+                    ))
+                    .with_hint("that output is optional; the parameters decide whether it is made")
+                })?;
+                let (port, reference) = (edge.port.clone(), edge.reference.clone());
+                Ok(Input { port, reference, artifact })
+            })
+            .collect()
+    }
+
+    /// The explained key of a task; `None` if an outside file must be read for it and `may_read`
+    /// is not set.
+    fn explained(
+        &self,
+        task: &PlannedTask,
+        inputs: &[Input],
+        may_read: bool,
+    ) -> Result<Option<Explained>> {
+        let mut explained = Explained::begin(task, self.device);
+        for input in inputs {
+            explained.add_input(&input.port, &input.reference, input.artifact.digest);
+        }
+        for files in &task.files {
+            let digests: Vec<Digest> = if may_read {
+                self.stats.digests(&files.paths)?
+            } else {
+                let known = files.paths.iter().map(|path| self.stats.known(path));
+                match known.collect::<Result<Option<_>>>()? {
+                    Some(digests) => digests,
+                    None => return Ok(None),
+                }
+            };
+            for (path, digest) in files.paths.iter().zip(digests) {
+                explained.add_file(&files.pointer, &self.plan.root, path, digest);
+            }
+        }
+        Ok(Some(explained))
+    }
+
+    /// Why a task whose key is known, and has no result, runs.
+    fn reasons(
+        &self,
+        task: &PlannedTask,
+        explained: &Explained,
+        key: &Digest,
+        corrupt: bool,
+    ) -> Vec<Reason> {
+        if self.is_forced(task) {
+            return vec![Reason::Forced];
+        }
+        if corrupt {
+            return vec![Reason::Corrupt];
+        }
+        let last = self.last().get(&task.id);
+        match last {
+            None => vec![Reason::NeverRun],
+            Some(last) if last == *key => vec![Reason::Removed],
+            Some(last) => match self.store.peek(&last) {
+                Some(entry) => differences(&entry.explained, explained, &Default::default()),
+                None => vec![Reason::Removed],
+            },
+        }
+    }
+
+    /// What can be said of a task before anything runs.
+    fn foresee(&self, task: &PlannedTask, known: &Foresight) -> Result<(Outlook, State)> {
+        if let Some(because) = task.upstream().iter().find_map(|i| self.blocked(*i, known)) {
+            return Ok((Outlook::Blocked(because.clone()), State::Unknown(vec![because])));
+        }
+        let mut pending: Vec<usize> = task.inputs.iter().map(|e| e.task).collect();
+        pending.retain(|i| known.results[*i].is_none());
+        pending.dedup();
+        if pending.is_empty() {
+            return self.foresee_known(task, known);
+        }
+        if self.is_forced(task) {
+            return Ok((Outlook::Runs, State::Stale(vec![Reason::Forced])));
+        }
+        let Some(last) = self.last().get(&task.id) else {
+            return Ok((Outlook::Runs, State::Stale(vec![Reason::NeverRun])));
+        };
+        // What is known already may differ from the last result, whatever the rest turns out to be.
+        let mut reasons = match self.store.peek(&last) {
+            Some(entry) => {
+                let open = task.inputs.iter().filter(|e| known.results[e.task].is_none());
+                let open = open.map(|e| e.port.as_str()).collect();
+                differences(&entry.explained, &self.partly(task, known)?, &open)
+            }
+            None => vec![Reason::Removed],
+        };
+        let id = |index: &usize| self.plan.tasks[*index].id.clone();
+        if !reasons.is_empty() {
+            reasons.extend(pending.iter().map(|i| Reason::Upstream(id(i))));
+            return Ok((Outlook::Runs, State::Stale(reasons)));
+        }
+        let waits = pending.iter().map(|i| match &known.outlooks[*i] {
+            Outlook::Open => format!("upstream `{}` may run", id(i)),
+            _ => Reason::Upstream(id(i)).to_string(),
+        });
+        Ok((Outlook::Open, State::Unknown(waits.collect())))
+    }
+
+    /// Why a task cannot run after this one, if it cannot.
+    fn blocked(&self, upstream: usize, known: &Foresight) -> Option<String> {
+        match &known.outlooks[upstream] {
+            Outlook::Blocked(because) => Some(because.clone()),
+            Outlook::Stored(done) if done.denied => {
+                Some(format!("gate `{}` said no", self.plan.tasks[upstream].id))
+            }
+            _ => None,
+        }
+    }
+
+    fn foresee_known(&self, task: &PlannedTask, known: &Foresight) -> Result<(Outlook, State)> {
+        let inputs = match self.inputs(task, &known.results) {
+            Ok(inputs) => inputs,
+            Err(e) => {
+                let because = e.to_string();
+                return Ok((Outlook::Blocked(because.clone()), State::Unknown(vec![because])));
+            }
+        };
+        let explained = self.explained(task, &inputs, true)?;
+        let explained = explained.ok_or_else(|| Error::new("the key is not known"))?;
+        let key = explained.key.digest();
+        let found = if self.is_forced(task) { Lookup::Miss } else { self.store.inspect(&key)? };
+        if let Lookup::Hit(entry) = found {
+            return Ok((Outlook::Stored(Done::of(&entry)), State::Cached));
+        }
+        let corrupt = matches!(found, Lookup::Corrupt { .. });
+        Ok((Outlook::Runs, State::Stale(self.reasons(task, &explained, &key, corrupt))))
+    }
+
+    /// The explained key as far as the inputs are known.
+    fn partly(&self, task: &PlannedTask, known: &Foresight) -> Result<Explained> {
+        let inputs: Vec<Input> = task
+            .inputs
+            .iter()
+            .filter_map(|edge| {
+                let artifact =
+                    known.results[edge.task].as_ref()?.outputs.get(&edge.output)?.clone();
+                Some(Input { port: edge.port.clone(), reference: edge.reference.clone(), artifact })
+            })
+            .collect();
+        let explained = self.explained(task, &inputs, true)?;
+        explained.ok_or_else(|| Error::new("the key is not known"))
+    }
+}
+
+/// What is foreseen of a task.
+#[derive(Debug)]
+enum Outlook {
+    /// Its result is in the store.
+    Stored(Arc<Done>),
+    /// It will run.
+    Runs,
+    /// It may run.
+    Open,
+    /// It cannot run, because of this.
+    Blocked(String),
+}
+
+/// What is foreseen of the tasks up to some point of the plan.
+#[derive(Debug, Default)]
+struct Foresight {
+    outlooks: Vec<Outlook>,
+    results: Vec<Option<Arc<Done>>>,
+}
+
+impl Foresight {
+    fn push(&mut self, outlook: Outlook) {
+        self.results.push(match &outlook {
+            Outlook::Stored(done) => Some(done.clone()),
+            _ => None,
+        });
+        self.outlooks.push(outlook);
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,9 @@
+//! Tests of the engine with small tasks that are closures.
+
+mod bench;
+mod cache;
+mod crash;
+mod ends;
+mod limits;
+
+pub(crate) use bench::{Bench, files_below, out, text};

@@ -1,0 +1,212 @@
+//! Order, parallelism and publishing.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::bench::{Bench, files_below, out};
+use crate::run::Status;
+
+/// Runs eight sleeping tasks; the most that slept at once.
+fn most_at_once(jobs: usize, gpu: usize) -> usize {
+    let mut bench = Bench::new();
+    bench.options.jobs = jobs;
+    let now = Arc::new(AtomicUsize::new(0));
+    let most = Arc::new(AtomicUsize::new(0));
+    for i in 0..8 {
+        let (now, most) = (now.clone(), most.clone());
+        let task = bench.add_with(&format!("t{i}"), json!({ "i": i }), &[], move |cx| {
+            most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(25));
+            now.fetch_sub(1, Ordering::SeqCst);
+            cx.output("out")?.write("text", i.to_string())
+        });
+        task.resources.gpu = gpu;
+    }
+    assert_eq!(bench.run().exit_code(), 0);
+    most.load(Ordering::SeqCst)
+}
+
+#[test]
+fn jobs_and_the_one_device_bound_what_runs_at_once() {
+    assert_eq!(most_at_once(1, 0), 1);
+    let most = most_at_once(3, 0);
+    assert!((2..=3).contains(&most), "{most}");
+    assert_eq!(most_at_once(4, 1), 1);
+}
+
+#[test]
+fn one_job_follows_the_order_of_the_plan() {
+    let mut bench = Bench::new();
+    for i in 0..5 {
+        bench.add(&format!("t{i}"), json!({ "i": i }), &[]);
+    }
+    assert_eq!(bench.executes(), ["t0", "t1", "t2", "t3", "t4"]);
+}
+
+#[test]
+fn threads_are_what_the_task_asks_for() {
+    let mut bench = Bench::new();
+    let body = |cx: &mut lora_flow_core::TaskContext| {
+        let threads = cx.threads().to_string();
+        cx.output("out")?.write("text", threads)
+    };
+    bench.add_with("one", json!({ "i": 1 }), &[], body).resources.cpu = 1;
+    bench.add_with("all", json!({ "i": 2 }), &[], body);
+    bench.add_with("more", json!({ "i": 3 }), &[], body).resources.cpu = 10_000;
+    let report = bench.run();
+    let cpus = std::thread::available_parallelism().unwrap().to_string();
+    let texts = ["one", "all", "more"].map(|id| super::text(&bench, &report, id));
+    assert_eq!(texts, ["1".to_owned(), cpus.clone(), cpus]);
+}
+
+fn publishing(content: &'static str) -> Bench {
+    let mut bench = Bench::new();
+    add_publishing(&mut bench, content);
+    bench
+}
+
+fn add_publishing(bench: &mut Bench, content: &'static str) {
+    bench.tasks.clear();
+    let target = bench.path("out/model");
+    let task = bench.add_with("a", json!({ "content": content }), &[], move |cx| {
+        let out = cx.output("out")?;
+        out.write("text", content)?;
+        out.write("sub/more", "more")?;
+        out.write(content, "named by its content")
+    });
+    task.publish.push(("out".to_owned(), target));
+}
+
+fn read(bench: &Bench, name: &str) -> String {
+    fs::read_to_string(bench.path("out/model").join(name)).unwrap_or_else(|e| e.to_string())
+}
+
+#[test]
+fn an_output_is_published_and_kept_as_it_was_made() {
+    let bench = publishing("one");
+    let report = bench.run();
+    assert_eq!(out(&report, "a").published, [bench.path("out/model")]);
+    assert_eq!((read(&bench, "text"), read(&bench, "sub/more")), ("one".into(), "more".into()));
+    let path = bench.path("out/model/text");
+    let meta = fs::metadata(&path).unwrap();
+    assert_eq!(meta.nlink(), 1, "a copy, not a link");
+    assert_ne!(meta.permissions().mode() & 0o200, 0, "its owner may write it");
+    let inode = fs::metadata(bench.path("out/model")).unwrap().ino();
+
+    let report = bench.run();
+    assert_eq!(out(&report, "a").status, Status::Cached);
+    assert_eq!(out(&report, "a").published, [bench.path("out/model")]);
+    assert_eq!(fs::metadata(bench.path("out/model")).unwrap().ino(), inode, "untouched");
+
+    // Changed, deleted, all deleted: repaired from the store, without running.
+    fs::write(&path, "edited").unwrap();
+    fs::remove_file(bench.path("out/model/sub/more")).unwrap();
+    assert_eq!(out(&bench.run(), "a").status, Status::Cached);
+    assert_eq!((read(&bench, "text"), read(&bench, "sub/more")), ("one".into(), "more".into()));
+    fs::remove_dir_all(bench.path("out")).unwrap();
+    bench.run();
+    assert_eq!(read(&bench, "text"), "one");
+    assert_eq!(bench.taken(), ["a"]);
+    assert_eq!(fs::read_dir(bench.path("out")).unwrap().count(), 1, "nothing is left beside it");
+    assert!(bench.engine().store().verify().unwrap().problems.is_empty(), "the store is untouched");
+}
+
+#[test]
+fn a_new_result_replaces_the_old_one_and_spares_other_files() {
+    let mut bench = publishing("one");
+    bench.run();
+    fs::write(bench.path("out/model/notes.txt"), "mine").unwrap();
+    fs::create_dir(bench.path("out/model/own")).unwrap();
+    fs::write(bench.path("out/model/own/file"), "mine too").unwrap();
+    add_publishing(&mut bench, "two");
+    // What a killed run may have left.
+    fs::create_dir(bench.path("out/.model.lora-flow-1-2-3")).unwrap();
+    fs::write(bench.path("out/.model.lora-flow-1-2-3/text"), "half").unwrap();
+    assert_eq!(bench.run().exit_code(), 0);
+    assert_eq!(
+        (read(&bench, "text"), read(&bench, "two")),
+        ("two".into(), "named by its content".into())
+    );
+    assert_eq!(
+        (read(&bench, "notes.txt"), read(&bench, "own/file")),
+        ("mine".into(), "mine too".into())
+    );
+    assert!(!bench.path("out/model/one").exists(), "a file of the old artifact alone");
+    assert_eq!(fs::read_dir(bench.path("out")).unwrap().count(), 1);
+    // A file of the user under a name that the artifact now needs.
+    fs::write(bench.path("out/model/three"), "mine").unwrap();
+    add_publishing(&mut bench, "three");
+    let report = bench.run();
+    let error = out(&report, "a").error.as_ref().unwrap();
+    assert!(
+        error.message.ends_with("the folder holds a file `three` that lora-flow did not make"),
+        "{}",
+        error.message
+    );
+    assert_eq!((read(&bench, "text"), read(&bench, "three")), ("two".into(), "mine".into()));
+}
+
+#[test]
+fn what_is_not_ours_is_not_touched() {
+    let bench = publishing("one");
+    let target = bench.path("out/model");
+    fs::create_dir_all(&target).unwrap();
+    fs::write(target.join("text"), "precious").unwrap();
+    let report = bench.run();
+    let error = out(&report, "a").error.as_ref().unwrap();
+    assert_eq!(
+        error.message,
+        format!(
+            "cannot publish `a.out` to `{}`: the folder exists and lora-flow did not make it",
+            target.display()
+        )
+    );
+    assert_eq!(report.exit_code(), 1);
+    assert_eq!(read(&bench, "text"), "precious");
+    // The very same content is taken for ours.
+    fs::write(target.join("text"), "one").unwrap();
+    fs::write(target.join("one"), "named by its content").unwrap();
+    fs::create_dir(target.join("sub")).unwrap();
+    fs::write(target.join("sub/more"), "more").unwrap();
+    assert_eq!(bench.run().exit_code(), 0);
+    assert_eq!(bench.taken(), ["a"], "the result was kept although it was not published");
+    // So is what this pipeline published before its store was deleted.
+    fs::remove_dir_all(bench.store_dir()).unwrap();
+    fs::write(target.join("text"), "edited").unwrap();
+    assert_eq!(bench.run().exit_code(), 0);
+    assert_eq!(read(&bench, "text"), "one");
+    // Another pipeline's folder is not.
+    let mut other = bench;
+    other.name = "other".to_owned();
+    add_publishing(&mut other, "two");
+    let report = other.run();
+    let error = out(&report, "a").error.as_ref().unwrap();
+    assert!(
+        error.message.ends_with("the pipeline `bench` published this folder"),
+        "{}",
+        error.message
+    );
+    assert_eq!(read(&other, "text"), "one");
+}
+
+#[test]
+fn a_file_or_a_link_at_the_target() {
+    let bench = publishing("one");
+    fs::create_dir_all(bench.path("out")).unwrap();
+    fs::write(bench.path("out/model"), "a file").unwrap();
+    let report = bench.run();
+    let error = out(&report, "a").error.as_ref().unwrap();
+    assert!(error.message.ends_with("the target is a file"), "{}", error.message);
+    fs::remove_file(bench.path("out/model")).unwrap();
+    fs::create_dir_all(bench.path("elsewhere/real")).unwrap();
+    std::os::unix::fs::symlink(bench.path("elsewhere/real"), bench.path("out/model")).unwrap();
+    assert_eq!(bench.run().exit_code(), 0);
+    assert!(bench.path("out/model").is_symlink());
+    assert_eq!(fs::read_to_string(bench.path("elsewhere/real/text")).unwrap(), "one");
+    assert_eq!(files_below(&bench.path("elsewhere")).len(), 4);
+}

@@ -1,0 +1,185 @@
+//! Blobs: from the files of an output folder to read-only objects.
+
+use std::fs::{self, File, Permissions};
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use lora_flow_core::{ArtifactFile, Digest, Error, OutputDir, Result, ResultExt};
+use rayon::prelude::*;
+
+use super::{Manifest, ManifestFile, Store, StoredArtifact, rename_into};
+
+/// Bytes read at a time. Files longer than this are hashed by several threads.
+const CHUNK: usize = 8 << 20;
+
+/// Digest of a file's content, by several threads where it is large.
+pub(crate) fn hash_file(path: &Path) -> Result<Digest> {
+    let open = || -> std::io::Result<Digest> {
+        let mut file = File::open(path)?;
+        let size = file.metadata()?.len();
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; CHUNK.min(usize::try_from(size).unwrap_or(CHUNK) + 1)];
+        loop {
+            let filled = fill(&mut file, &mut buffer)?;
+            if filled == CHUNK {
+                hasher.update_rayon(&buffer);
+            } else {
+                hasher.update(&buffer[..filled]);
+            }
+            if filled < buffer.len() {
+                return Ok(Digest(*hasher.finalize().as_bytes()));
+            }
+        }
+    };
+    open().with_context(|| format!("cannot read `{}`", path.display()))
+}
+
+/// Reads until the buffer is full or the file ends.
+fn fill(file: &mut File, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(filled)
+}
+
+/// An output that was hashed, and the files that become blobs when its task's entry is written.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    pub(crate) artifact: StoredArtifact,
+    /// File → digest. Files that the store has already are not among them.
+    pub(super) moves: Vec<(PathBuf, Digest)>,
+}
+
+impl Store {
+    /// Takes stock of an output folder. `None` if nothing was made.
+    ///
+    /// # Errors
+    /// When it holds anything but plain files, or an adopted file that is not in the store.
+    pub(crate) fn stage(&self, output: &OutputDir) -> Result<Option<Staged>> {
+        let mut written = Vec::new();
+        walk(&output.path, "", &mut written)?;
+        let mut files: Vec<(ManifestFile, Option<PathBuf>)> = written
+            .into_par_iter()
+            .map(|(name, path)| {
+                let (digest, size, path) = self.stage_file(path)?;
+                Ok((ManifestFile { name, digest, size }, path))
+            })
+            .collect::<Result<_>>()?;
+        for (name, file) in &output.adopted {
+            check_name(name)?;
+            if files.iter().any(|(f, _)| f.name == *name) {
+                let message = format!("the file `{name}` was both written and adopted");
+                return Err(Error::new(message));
+            }
+            let path = self.stage_adopted(name, file)?;
+            let (digest, size) = (file.digest, file.size);
+            files.push((ManifestFile { name: name.clone(), digest, size }, path));
+        }
+        if files.is_empty() {
+            return Ok(None);
+        }
+        files.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+        let (files, paths): (Vec<ManifestFile>, Vec<Option<PathBuf>>) = files.into_iter().unzip();
+        let moves = paths.into_iter().zip(&files).filter_map(|(p, f)| Some((p?, f.digest)));
+        let moves = moves.collect();
+        let manifest = Manifest { kind: output.kind, files, meta: output.meta.clone() };
+        Ok(Some(Staged { artifact: StoredArtifact::new(manifest), moves }))
+    }
+
+    fn stage_file(&self, path: PathBuf) -> Result<(Digest, u64, Option<PathBuf>)> {
+        let meta = fs_err::symlink_metadata(&path)?;
+        // Another name of the same file could change it behind the store's back.
+        let path = if meta.nlink() > 1 { self.copy_in(&path)? } else { path };
+        let digest = hash_file(&path)?;
+        let present = self.has_blob(&digest, meta.len());
+        Ok((digest, meta.len(), (!present).then_some(path)))
+    }
+
+    fn stage_adopted(&self, name: &str, file: &ArtifactFile) -> Result<Option<PathBuf>> {
+        if self.has_blob(&file.digest, file.size) {
+            return Ok(None);
+        }
+        let copy = self.copy_in(&file.path)?;
+        if hash_file(&copy)? == file.digest {
+            return Ok(Some(copy));
+        }
+        let path = file.path.display();
+        Err(Error::new(format!("`{path}`, adopted as `{name}`, changed while it was taken over")))
+    }
+
+    fn copy_in(&self, path: &Path) -> Result<PathBuf> {
+        let copy = self.tmp_path()?;
+        fs_err::copy(path, &copy)?;
+        Ok(copy)
+    }
+
+    /// Whether the blob is there; its size alone is checked.
+    pub(super) fn has_blob(&self, digest: &Digest, size: u64) -> bool {
+        fs::metadata(self.blob_path(digest)).is_ok_and(|m| m.is_file() && m.len() == size)
+    }
+
+    /// Gives a synced file its name among the objects.
+    pub(super) fn move_in(&self, from: &Path, digest: &Digest) -> Result<()> {
+        let to = self.blob_path(digest);
+        match rename_into(from, &to) {
+            Err(_) if !from.exists() && to.exists() => Ok(()), // the same bytes under two names
+            other => other,
+        }
+    }
+}
+
+/// Makes a file read-only and its content durable.
+pub(super) fn seal(path: &Path) -> Result<()> {
+    match File::open(path) {
+        // Two outputs of a task with the same bytes: the other one was moved.
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::new(format!("cannot open `{}`", path.display())).with_source(e)),
+        Ok(file) => {
+            file.set_permissions(Permissions::from_mode(0o444))?;
+            file.sync_all().with_context(|| format!("cannot write `{}`", path.display()))
+        }
+    }
+}
+
+/// All files below a folder with their names relative to it.
+fn walk(dir: &Path, prefix: &str, files: &mut Vec<(String, PathBuf)>) -> Result<()> {
+    for entry in fs_err::read_dir(dir)? {
+        let entry = entry?;
+        let path = entry.path();
+        let file_name = entry.file_name();
+        let Some(file_name) = file_name.to_str() else {
+            let shown = file_name.to_string_lossy();
+            return Err(Error::new(format!(
+                "the output file `{prefix}{shown}` has a name that is not UTF-8"
+            )));
+        };
+        let name = format!("{prefix}{file_name}");
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            walk(&path, &format!("{name}/"), files)?;
+        } else if kind.is_file() {
+            files.push((name, path));
+        } else {
+            let what = if kind.is_symlink() { "a symbolic link" } else { "not a plain file" };
+            return Err(Error::new(format!("the output file `{name}` is {what}"))
+                .with_hint("an artifact holds plain files only: copy the content"));
+        }
+    }
+    Ok(())
+}
+
+/// A name of an adopted file must stay inside its artifact.
+fn check_name(name: &str) -> Result<()> {
+    let good = name.split('/').all(|part| !matches!(part, "" | "." | "..")) && !name.contains('\0');
+    if good {
+        return Ok(());
+    }
+    Err(Error::new(format!("`{name}` is not a file name of an artifact")))
+}

@@ -1,0 +1,156 @@
+//! Kernel locks on files: free at once when their holder dies, so none is ever stale.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use lora_flow_core::{CancelToken, Error, Result};
+
+use super::Store;
+
+const FIRST_WAIT: Duration = Duration::from_millis(1);
+const LONGEST_WAIT: Duration = Duration::from_millis(50);
+
+/// A held lock; dropping it sets it free.
+#[derive(Debug)]
+pub(crate) struct FileLock {
+    file: File,
+    path: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Mode {
+    Shared,
+    Exclusive,
+}
+
+impl FileLock {
+    /// The lock, if nobody else has it.
+    pub(crate) fn try_exclusive(path: &Path) -> Result<Option<Self>> {
+        Self::attempt(path, Mode::Exclusive)
+    }
+
+    /// The lock, as soon as nobody else has it; `waiting` is called once if that takes time.
+    ///
+    /// # Errors
+    /// [`Error::cancelled`] when `cancel` is set before.
+    pub(crate) fn exclusive(
+        path: &Path,
+        cancel: &CancelToken,
+        waiting: impl FnOnce(),
+    ) -> Result<Self> {
+        Self::wait(path, Mode::Exclusive, cancel, waiting)
+    }
+
+    /// The lock beside other holders of a shared one.
+    fn shared(path: &Path, cancel: &CancelToken, waiting: impl FnOnce()) -> Result<Self> {
+        Self::wait(path, Mode::Shared, cancel, waiting)
+    }
+
+    fn wait(path: &Path, mode: Mode, cancel: &CancelToken, waiting: impl FnOnce()) -> Result<Self> {
+        let mut waiting = Some(waiting);
+        let mut pause = FIRST_WAIT;
+        loop {
+            if let Some(lock) = Self::attempt(path, mode)? {
+                return Ok(lock);
+            }
+            if cancel.is_cancelled() {
+                return Err(Error::cancelled());
+            }
+            if pause == LONGEST_WAIT
+                && let Some(waiting) = waiting.take()
+            {
+                waiting();
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LONGEST_WAIT);
+        }
+    }
+
+    fn attempt(path: &Path, mode: Mode) -> Result<Option<Self>> {
+        loop {
+            let file = open(path)?;
+            let locked = match mode {
+                Mode::Shared => file.try_lock_shared(),
+                Mode::Exclusive => file.try_lock(),
+            };
+            match locked {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(e)) => {
+                    return Err(Error::new(format!("cannot lock `{}`", path.display()))
+                        .with_source(e)
+                        .with_hint("the store must be on a file system with file locks"));
+                }
+            }
+            // The last holder may have deleted the file between opening and locking it; then
+            // this lock excludes nobody.
+            let held = file.metadata()?;
+            let same = std::fs::metadata(path)
+                .is_ok_and(|m| (m.dev(), m.ino()) == (held.dev(), held.ino()));
+            if same {
+                return Ok(Some(Self { file, path: path.to_owned() }));
+            }
+        }
+    }
+
+    /// Deletes the lock's file and sets it free.
+    pub(crate) fn remove(self) {
+        // While it is held: whoever opened this file meanwhile will see that it is gone.
+        let _ = std::fs::remove_file(&self.path);
+    }
+
+    /// Lets others share the lock.
+    fn downgrade(self) -> Result<Self> {
+        self.file.lock_shared()?;
+        Ok(self)
+    }
+}
+
+fn open(path: &Path) -> Result<File> {
+    let open = || OpenOptions::new().create(true).truncate(false).write(true).open(path);
+    let opened = match open() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            if let Some(parent) = path.parent() {
+                fs_err::create_dir_all(parent)?;
+            }
+            open()
+        }
+        other => other,
+    };
+    opened.map_err(|e| Error::new(format!("cannot open `{}`", path.display())).with_source(e))
+}
+
+/// Name of the lock that runs share and that cleaning takes for itself.
+const STORE_LOCK: &str = "store.lock";
+
+impl Store {
+    /// For a run: nothing is cleaned away while this is held. What dead runs left in `tmp/` goes
+    /// when nobody else is at work.
+    pub(crate) fn lock_for_run(&self, cancel: &CancelToken) -> Result<FileLock> {
+        let path = self.lock_path(STORE_LOCK);
+        if let Some(lock) = FileLock::try_exclusive(&path)? {
+            for leftover in super::list_dir(&self.dir.join("tmp"))? {
+                super::remove_all(&leftover)?;
+            }
+            return lock.downgrade();
+        }
+        self.lock_shared(cancel)
+    }
+
+    /// For a reader: nothing is cleaned away while this is held.
+    pub(crate) fn lock_shared(&self, cancel: &CancelToken) -> Result<FileLock> {
+        FileLock::shared(&self.lock_path(STORE_LOCK), cancel, || {
+            tracing::info!("waiting for the cleaning of the store to end");
+        })
+    }
+
+    /// For cleaning: no run is at work while this is held.
+    pub(super) fn lock_for_cleaning(&self) -> Result<FileLock> {
+        FileLock::try_exclusive(&self.lock_path(STORE_LOCK))?.ok_or_else(|| {
+            Error::new("the store is in use by a running pipeline")
+                .with_hint("clean it when the run has ended")
+        })
+    }
+}

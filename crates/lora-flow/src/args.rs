@@ -1,0 +1,252 @@
+//! The command line. Help texts live here and nowhere else.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use lora_flow_core::DeviceSpec;
+
+/// LoRA fine-tuning as a declarative pipeline: a YAML file becomes a checked DAG of tasks, every
+/// artifact is cached by content, and a gate stands between training and release.
+#[derive(Debug, Parser)]
+#[command(name = "lora-flow", version, max_term_width = 100)]
+#[command(after_help = "Exit codes: 0 done · 1 a task failed · 2 bad usage or bad pipeline · \
+                        3 a gate said no · 130 interrupted")]
+pub struct Args {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Global {
+    /// Only errors and results
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Debug lines of the tasks as well
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    /// How progress and logs are written to stderr
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// Folder of the artifact store [default: `.lora-flow` in the pipeline's root]
+    #[arg(long, global = true, value_name = "DIR", env = "LORA_FLOW_CACHE_DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Bars on a terminal, plain lines elsewhere
+    Text,
+    /// One JSON object per event
+    Json,
+}
+
+/// What every command that reads a pipeline takes.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct PipelineArgs {
+    /// The pipeline file
+    #[arg(value_name = "PIPELINE")]
+    pub pipeline: PathBuf,
+    /// Override a parameter of the pipeline (`--set r=32`)
+    #[arg(long = "set", value_name = "PARAM=VALUE", value_parser = key_value)]
+    pub set: Vec<(String, String)>,
+    /// Only this task and what it needs (may be repeated)
+    #[arg(long = "target", value_name = "TASK")]
+    pub targets: Vec<String>,
+}
+
+/// Options that decide what would run.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct ChoiceArgs {
+    /// Run this task even if it is cached; without a name, every task
+    #[arg(long, value_name = "TASK", num_args = 0..=1, default_missing_value = "*", require_equals = true)]
+    pub force: Vec<String>,
+    /// Where tensors live: `cpu`, `cuda`, `cuda:N`
+    #[arg(long, default_value = "cpu", env = "LORA_FLOW_DEVICE")]
+    pub device: DeviceSpec,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a pipeline
+    Run(RunArgs),
+    /// Show what would run, what is cached, and why
+    Plan(PlanArgs),
+    /// Report every problem of a pipeline file without doing any work
+    Check(PipelineArgs),
+    /// Draw the DAG
+    Graph(GraphArgs),
+    /// List past runs
+    Runs {
+        /// At most this many, newest first
+        #[arg(long, default_value_t = 20)]
+        limit: usize,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one run: tasks, reports, metrics, artifacts
+    Show {
+        /// Run id, a unique beginning of one, or `latest`
+        #[arg(default_value = "latest")]
+        run: String,
+        /// Print the run's record as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the log of a task of a run
+    Logs {
+        /// Run id, a unique beginning of one, or `latest`
+        run: String,
+        /// Task
+        task: String,
+    },
+    /// Inspect and clean the artifact store
+    Cache {
+        #[command(subcommand)]
+        command: CacheCommand,
+    },
+    /// List the task kinds, or describe one
+    Tasks {
+        /// Kind to describe
+        kind: Option<String>,
+        /// Print the reference of all kinds as Markdown
+        #[arg(long, conflicts_with = "kind")]
+        markdown: bool,
+    },
+    /// Print the JSON Schema of the pipeline file, for editors
+    Schema,
+    /// Try a model with and without adapters
+    Generate(GenerateArgs),
+    /// Say what this program finds on this machine
+    Doctor,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
+    /// Tasks at once
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    pub jobs: usize,
+    /// Go on with tasks that do not depend on a failed one
+    #[arg(short, long)]
+    pub keep_going: bool,
+    /// Show the plan and stop
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    /// Refuse the network to plugins that ask for it
+    #[arg(long)]
+    pub offline: bool,
+    /// Print the run's record as JSON instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct GraphArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    /// Language of the drawing
+    #[arg(long, default_value = "mermaid")]
+    pub format: GraphFormat,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum GraphFormat {
+    /// For Markdown
+    Mermaid,
+    /// For Graphviz
+    Dot,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// List the entries
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Delete what recent runs do not reach
+    Gc {
+        /// Keep what the last N runs reach
+        #[arg(long, value_name = "N", default_value_t = 10)]
+        keep_runs: usize,
+        /// Keep entries younger than this many days
+        #[arg(long, value_name = "DAYS", default_value_t = 7)]
+        keep_days: u64,
+        /// Say what would go and stop
+        #[arg(short = 'n', long)]
+        dry_run: bool,
+    },
+    /// Rehash everything; corrupt entries are set aside and recomputed by the next run
+    Verify,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct GenerateArgs {
+    /// A published model folder (config.json, tokenizer.json, weights)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// A PEFT adapter folder, with a name for the output (`--adapter docs=out/adapter`)
+    #[arg(long = "adapter", value_name = "NAME=DIR", value_parser = key_value)]
+    pub adapters: Vec<(String, String)>,
+    /// What the model continues; `-` reads stdin
+    #[arg(long)]
+    pub prompt: String,
+    /// Wrap the prompt as a user message in the model's chat template
+    #[arg(long)]
+    pub chat: bool,
+    /// Tokens to generate at most
+    #[arg(long, default_value_t = 64)]
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Sample from the smallest set of tokens with this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Seed of the sampling
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where tensors live: `cpu`, `cuda`, `cuda:N`
+    #[arg(long, default_value = "cpu", env = "LORA_FLOW_DEVICE")]
+    pub device: DeviceSpec,
+    /// Leave out the answer of the model without an adapter
+    #[arg(long)]
+    pub no_base: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected `NAME=VALUE`".to_owned()),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(n) => Ok(n),
+        Err(_) => Err("expected a whole number".to_owned()),
+    }
+}

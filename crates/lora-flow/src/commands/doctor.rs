@@ -1,0 +1,74 @@
+//! `lora-flow doctor`: what this program finds on this machine.
+
+use std::process::Command;
+
+use crate::table::bytes;
+use crate::ui::Failure;
+
+pub fn doctor() -> Result<i32, Failure> {
+    println!(
+        "lora-flow {} on {}-{}",
+        env!("CARGO_PKG_VERSION"),
+        std::env::consts::ARCH,
+        std::env::consts::OS
+    );
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    println!("cpu        {cpus} threads, {}", cpu_features());
+    match memory_total() {
+        Some(n) => println!("memory     {}", bytes(n)),
+        None => println!("memory     unknown"),
+    }
+    println!("cuda       not built in");
+    println!(
+        "python3    {} (external plugins in Python, such as `pip-fetch`)",
+        version("python3", &["--version"])
+    );
+    println!("pip        {}", version("python3", &["-m", "pip", "--version"]));
+    println!(
+        "cargo      {} (external plugins in Rust, such as `rust-docs`)",
+        version("cargo", &["--version"])
+    );
+    let docs = output("rustc", &["--print", "sysroot"])
+        .map(|root| std::path::Path::new(&root).join("share/doc/rust/html/book"));
+    println!(
+        "rust-docs  {}",
+        match docs {
+            Some(path) if path.is_dir() => "installed",
+            Some(_) => "not installed: `rustup component add rust-docs`",
+            None => "no rustc",
+        }
+    );
+    Ok(0)
+}
+
+fn cpu_features() -> String {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut found = Vec::new();
+        macro_rules! probe {
+            ($($name:tt),*) => { $(if std::arch::is_x86_feature_detected!($name) { found.push($name); })* };
+        }
+        probe!("avx2", "fma", "avx512f", "avx512bf16");
+        found.join(" ")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        std::env::consts::ARCH.to_owned()
+    }
+}
+
+fn memory_total() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+fn version(program: &str, args: &[&str]) -> String {
+    output(program, args).unwrap_or_else(|| "not found".to_owned())
+}
+
+/// First line of a program's stdout, if it ran well.
+fn output(program: &str, args: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(args).output().ok().filter(|o| o.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned())
+}

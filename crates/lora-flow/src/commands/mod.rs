@@ -1,0 +1,94 @@
+//! The commands; one file each, but for the smallest.
+
+mod cache;
+mod doctor;
+mod generate;
+mod plan;
+mod run;
+mod runs;
+mod tasks;
+
+use std::path::{Path, PathBuf};
+
+use lora_flow_core::Error;
+use lora_flow_pipeline::{CompileOptions, Engine, Plan, compile};
+
+use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs};
+use crate::ui::{self, Failure};
+
+/// Runs the command and gives the exit code.
+pub fn dispatch(args: Args) -> Result<i32, Failure> {
+    match args.command {
+        Command::Run(args) => run::run(&args),
+        Command::Plan(args) => plan::plan(&args),
+        Command::Check(args) => check(&args),
+        Command::Graph(args) => draw(&args),
+        Command::Runs { limit, json } => runs::list(limit, json),
+        Command::Show { run, json } => runs::show(&run, json),
+        Command::Logs { run, task } => runs::logs(&run, &task),
+        Command::Cache { command } => cache::cache(&command),
+        Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),
+        Command::Schema => tasks::schema(),
+        Command::Generate(args) => generate::generate(&args),
+        Command::Doctor => doctor::doctor(),
+    }
+}
+
+/// Compiles the pipeline; warnings go to stderr.
+fn load(args: &PipelineArgs) -> Result<Plan, Failure> {
+    let options = CompileOptions {
+        set: args.set.clone(),
+        targets: args.targets.clone(),
+        env: std::env::vars_os()
+            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+            .collect(),
+        builtin: crate::BUILTIN,
+    };
+    let plan = compile(&args.pipeline, &options)?;
+    if !ui::global().quiet {
+        ui::render_diagnostics("warning", &plan.warnings);
+    }
+    Ok(plan)
+}
+
+/// The engine over the store of a pipeline.
+fn engine(plan: &Plan) -> Result<Engine, Failure> {
+    Ok(Engine::open(&plan.root, ui::global().cache_dir.as_deref())?)
+}
+
+/// The engine over the store that this folder, or the nearest one above it, has.
+fn engine_here() -> Result<Engine, Failure> {
+    let cache_dir = ui::global().cache_dir.as_deref();
+    let here = std::env::current_dir()?;
+    let root = here.ancestors().find(|dir| dir.join(".lora-flow").is_dir()).map(Path::to_owned);
+    let exists = cache_dir.is_some_and(Path::is_dir) || (cache_dir.is_none() && root.is_some());
+    if !exists {
+        return Err(Failure::Usage(
+            Error::new("there is no artifact store here")
+                .with_hint("run a pipeline first, or name the store with `--cache-dir`"),
+        ));
+    }
+    Ok(Engine::open(&root.unwrap_or(here), cache_dir)?)
+}
+
+/// A path as the user would write it from here.
+fn display_path(path: &Path) -> String {
+    let here = std::env::current_dir().unwrap_or_default();
+    path.strip_prefix(here).map_or_else(|_| path.to_owned(), PathBuf::from).display().to_string()
+}
+
+fn check(args: &PipelineArgs) -> Result<i32, Failure> {
+    let plan = load(args)?;
+    println!("{} is valid: {}", args.pipeline.display(), ui::count(plan.tasks.len(), "task"));
+    Ok(0)
+}
+
+fn draw(args: &GraphArgs) -> Result<i32, Failure> {
+    let plan = load(&args.pipeline)?;
+    let format = match args.format {
+        GraphFormat::Mermaid => lora_flow_pipeline::GraphFormat::Mermaid,
+        GraphFormat::Dot => lora_flow_pipeline::GraphFormat::Dot,
+    };
+    print!("{}", lora_flow_pipeline::graph(&plan, format));
+    Ok(0)
+}

@@ -1,0 +1,74 @@
+//! `lora-flow plan`: what would run, what is cached, and why.
+
+use lora_flow_core::{Error, nearest};
+use lora_flow_pipeline::{Engine, Plan, State};
+use serde_json::json;
+
+use crate::args::{ChoiceArgs, PlanArgs};
+use crate::commands;
+use crate::table::table;
+use crate::ui::Failure;
+
+pub fn plan(args: &PlanArgs) -> Result<i32, Failure> {
+    let plan = commands::load(&args.pipeline)?;
+    check_forced(&plan, &args.choice.force)?;
+    let engine = commands::engine(&plan)?;
+    print(&engine, &plan, &args.choice, args.json)
+}
+
+/// `--force` must name tasks of the pipeline.
+pub fn check_forced(plan: &Plan, force: &[String]) -> Result<(), Failure> {
+    let ids = || plan.tasks.iter().map(|t| t.id.as_str());
+    let Some(unknown) = force.iter().find(|f| *f != "*" && !ids().any(|id| id == f.as_str()))
+    else {
+        return Ok(());
+    };
+    let error = Error::new(format!("`--force` names the unknown task `{unknown}`"));
+    Err(Failure::Usage(match nearest(unknown, ids()) {
+        Some(name) => error.with_hint(format!("did you mean `{name}`?")),
+        None => error.with_hint(format!("tasks: {}", ids().collect::<Vec<_>>().join(", "))),
+    }))
+}
+
+pub fn print(
+    engine: &Engine,
+    plan: &Plan,
+    choice: &ChoiceArgs,
+    as_json: bool,
+) -> Result<i32, Failure> {
+    let tasks = engine.explain(plan, &choice.force, choice.device)?;
+    if as_json {
+        let tasks: Vec<_> = tasks
+            .iter()
+            .map(|task| {
+                let (state, reasons) = match &task.state {
+                    State::Cached => ("cached", Vec::new()),
+                    State::Stale(reasons) => {
+                        ("will run", reasons.iter().map(ToString::to_string).collect())
+                    }
+                    State::Unknown(reasons) => ("depends", reasons.clone()),
+                };
+                json!({ "task": task.id, "kind": task.kind, "state": state, "reasons": reasons })
+            })
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&tasks)?);
+        return Ok(0);
+    }
+    let mut rows = table(&["task", "kind", "state", "why"]);
+    let mut cached = 0;
+    for task in &tasks {
+        let (state, why) = match &task.state {
+            State::Cached => {
+                cached += 1;
+                ("cached", String::new())
+            }
+            State::Stale(reasons) => {
+                ("will run", reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+            }
+            State::Unknown(reasons) => ("depends", reasons.join("; ")),
+        };
+        rows.add_row([task.id.as_str(), task.kind.as_str(), state, why.as_str()]);
+    }
+    println!("{rows}\n\n{cached} of {} cached", tasks.len());
+    Ok(0)
+}

@@ -1,0 +1,124 @@
+//! `lora-flow run`: everything up to the final table.
+
+use lora_flow_core::CancelToken;
+use lora_flow_pipeline::{RunOptions, RunReport, Status, TaskOutcome};
+
+use crate::args::RunArgs;
+use crate::table::{duration, table};
+use crate::ui::{self, Failure};
+use crate::{commands, progress};
+
+pub fn run(args: &RunArgs) -> Result<i32, Failure> {
+    let plan = commands::load(&args.pipeline)?;
+    commands::plan::check_forced(&plan, &args.choice.force)?;
+    let engine = commands::engine(&plan)?;
+    if args.dry_run {
+        return commands::plan::print(&engine, &plan, &args.choice, args.json);
+    }
+
+    let cancel = CancelToken::default();
+    let on_signal = cancel.clone();
+    let handler = ctrlc::set_handler(move || {
+        if on_signal.is_cancelled() {
+            // A second signal: the user does not want to wait for a clean end.
+            std::process::exit(130);
+        }
+        eprintln!("stopping: running tasks save their state (again to stop at once)");
+        on_signal.cancel();
+    });
+    if let Err(e) = handler {
+        tracing::warn!("signals are not handled: {e}");
+    }
+
+    let options = RunOptions {
+        jobs: args.jobs,
+        force: args.choice.force.clone(),
+        keep_going: args.keep_going,
+        device: args.choice.device,
+        allow_network: !args.offline,
+        cancel,
+        command_line: std::env::args().collect(),
+    };
+    let report = engine.run(&plan, &options, progress::observer())?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print_report(&report);
+    }
+    Ok(report.exit_code())
+}
+
+/// The end of a run: what the gates said, what failed and why, and the table of tasks.
+pub fn print_report(report: &RunReport) {
+    for task in &report.tasks {
+        if matches!(task.status, Status::Denied { .. }) {
+            print!("{}: the gate says no\n{}", task.id, indent(&task.report));
+        }
+    }
+    print_tasks(report);
+    for task in &report.tasks {
+        let Some(error) = &task.error else { continue };
+        eprintln!();
+        let message = format!("task `{}` failed: {}", task.id, error.message);
+        eprint!("{}", ui::error_text(&message, error.hint.as_deref()));
+        eprintln!("log: {}", commands::display_path(&error.log));
+    }
+}
+
+/// The table of tasks with their headlines, and one line for the whole.
+pub fn print_tasks(report: &RunReport) {
+    let mut rows = table(&["task", "kind", "state", "time", "result"]);
+    for task in &report.tasks {
+        rows.add_row([
+            task.id.clone(),
+            task.kind.clone(),
+            state(task),
+            if task.wall.is_zero() { String::new() } else { duration(task.wall) },
+            result(task),
+        ]);
+    }
+    println!("{rows}");
+    let of =
+        |wanted: fn(&Status) -> bool| report.tasks.iter().filter(|t| wanted(&t.status)).count();
+    let mut parts = Vec::new();
+    for (n, word) in [
+        (of(|s| matches!(s, Status::Ran | Status::Denied { cached: false })), "ran"),
+        (of(|s| matches!(s, Status::Cached | Status::Denied { cached: true })), "cached"),
+        (of(|s| matches!(s, Status::Failed)), "failed"),
+        (of(|s| matches!(s, Status::Denied { .. })), "denied"),
+        (of(|s| matches!(s, Status::Skipped(_))), "skipped"),
+        (of(|s| matches!(s, Status::Cancelled)), "cancelled"),
+    ] {
+        if n > 0 {
+            parts.push(format!("{n} {word}"));
+        }
+    }
+    println!("\nrun {} · {} · {}", report.run_id, parts.join(", "), duration(report.wall));
+}
+
+fn state(task: &TaskOutcome) -> String {
+    match &task.status {
+        Status::Ran => "ran".to_owned(),
+        Status::Cached => "cached".to_owned(),
+        Status::Failed => "FAILED".to_owned(),
+        Status::Denied { cached: false } => "DENIED".to_owned(),
+        Status::Denied { cached: true } => "DENIED (cached)".to_owned(),
+        Status::Skipped(_) => "skipped".to_owned(),
+        Status::Cancelled => "cancelled".to_owned(),
+    }
+}
+
+/// A task's headlines; for a skipped one, why.
+fn result(task: &TaskOutcome) -> String {
+    if let Status::Skipped(why) = &task.status {
+        return why.clone();
+    }
+    let mut parts: Vec<String> =
+        task.summary.iter().map(|(name, value)| format!("{name} {value}")).collect();
+    parts.extend(task.published.iter().map(|path| format!("→ {}", commands::display_path(path))));
+    parts.join(" · ")
+}
+
+fn indent(text: &str) -> String {
+    text.lines().map(|line| format!("  {line}\n")).collect()
+}
