@@ -48,9 +48,15 @@ fn tidy(text: &str, root: &Path) -> String {
     run_id.replace_all(&text, "[RUN]").into_owned()
 }
 
+fn snapshot(name: &str, text: String) {
+    insta::with_settings!({ omit_expression => true }, {
+        insta::assert_snapshot!(name, text);
+    });
+}
+
 #[test]
 fn pipelines() {
-    insta::assert_snapshot!(messages(&[
+    snapshot("pipelines", messages(&[
         ("unknown top-level key", 2, |p| p.edit("pipeline.yaml", "name: tiny", "nmae: tiny"), &[]),
         (
             "unknown key of a task",
@@ -257,7 +263,7 @@ fn broken_plugin(p: &Project) {
 
 #[test]
 fn data() {
-    insta::assert_snapshot!(messages(&[
+    snapshot("data", messages(&[
         ("truncated Parquet", 1, |p| with_parquet(p, |bytes| bytes.truncate(bytes.len() / 2)), &[]),
         (
             "Parquet with a spoilt page",
@@ -298,7 +304,7 @@ fn data() {
         (
             "rows without text",
             1,
-            |p| p.write("data/docs.jsonl", "{\"text\": \"\"}\n".repeat(20)),
+            |p| rows(p, |i| json!({ "id": i, "text": " " })),
             &[]
         ),
         (
@@ -323,10 +329,7 @@ fn data() {
             "completions all empty",
             1,
             |p| {
-                p.write(
-                    "data/docs.jsonl",
-                    "{\"prompt\": \"a\", \"completion\": \"\"}\n".repeat(20),
-                );
+                rows(p, |i| json!({ "prompt": format!("question {i}"), "completion": "" }));
                 p.edit("pipeline.yaml", "      text: text\n", "");
                 p.edit(
                     "pipeline.yaml",
@@ -340,8 +343,7 @@ fn data() {
             "messages out of order",
             1,
             |p| {
-                let row = json!({ "messages": [{ "role": "assistant", "content": "b" }, { "role": "narrator", "content": "a" }] });
-                p.write("data/docs.jsonl", format!("{row}\n").repeat(20));
+                rows(p, |i| json!({ "id": i, "messages": [{ "role": "assistant", "content": "b" }, { "role": "narrator", "content": "a" }] }));
                 p.write(
                     "models/tiny/chat_template.jinja",
                     "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}",
@@ -359,8 +361,7 @@ fn data() {
             "messages without a chat template",
             1,
             |p| {
-                let row = json!({ "messages": [{ "role": "user", "content": "b" }, { "role": "assistant", "content": "a" }] });
-                p.write("data/docs.jsonl", format!("{row}\n").repeat(20));
+                rows(p, |i| json!({ "id": i, "messages": [{ "role": "user", "content": "b" }, { "role": "assistant", "content": "a" }] }));
                 p.edit("pipeline.yaml", "      text: text\n", "");
                 p.edit(
                     "pipeline.yaml",
@@ -371,6 +372,12 @@ fn data() {
             &["--target", "train_tokens"]
         ),
     ]));
+}
+
+/// Forty rows, each its own, so that both splits get some.
+fn rows(p: &Project, row: fn(usize) -> Value) {
+    let lines: String = (0..40).map(|i| format!("{}\n", row(i))).collect();
+    p.write("data/docs.jsonl", lines);
 }
 
 fn with_parquet(p: &Project, spoil: fn(&mut Vec<u8>)) {
@@ -402,7 +409,7 @@ fn with_csv(p: &Project, content: &[u8]) {
 
 #[test]
 fn models() {
-    insta::assert_snapshot!(messages(&[
+    snapshot("models", messages(&[
         ("missing folder", 2, |p| p.edit("pipeline.yaml", "models/tiny", "models/tinny"), &[]),
         (
             "folder without weights",

@@ -119,7 +119,7 @@ fn has_checkpoint(project: &Project) -> bool {
     let Ok(keys) = std::fs::read_dir(project.path(".lora-flow/state")) else { return false };
     keys.flatten().any(|key| {
         std::fs::read_dir(key.path()).is_ok_and(|entries| {
-            entries.flatten().any(|e| e.file_name().to_string_lossy().starts_with("checkpoint"))
+            entries.flatten().any(|e| e.file_name().to_string_lossy().starts_with("step-"))
         })
     })
 }

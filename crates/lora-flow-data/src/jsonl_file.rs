@@ -96,7 +96,9 @@ fn json_error(file: &DataFile, line: u64, e: &serde_json::Error) -> Error {
     // The reader saw one line, so only its column means anything.
     let text = e.to_string();
     let what = text.split(" at line ").next().unwrap_or(&text).to_owned();
-    Error::new(format!("`{}:{line}:{}` is not a JSON object: {what}", file.name, e.column()))
+    // A line that ends too early is counted as the one after it.
+    let column = if e.is_eof() { String::new() } else { format!(":{}", e.column()) };
+    Error::new(format!("`{}:{line}{column}` is not a JSON object: {what}", file.name))
         .with_hint("JSONL has one complete object a line")
 }
 

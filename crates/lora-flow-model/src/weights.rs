@@ -58,8 +58,11 @@ impl WeightSource {
             let (name, path) = match files.as_slice() {
                 [one] => *one,
                 _ => {
-                    let file = model.file("model.safetensors").map_err(|e| {
-                        e.with_hint("a model needs `model.safetensors`, its shards or `model.gguf`")
+                    let file = model.get("model.safetensors").ok_or_else(|| {
+                        Error::new("the model has no weights").with_hint(
+                            "a model needs `model.safetensors`, its shards with \
+                             `model.safetensors.index.json`, or `model.gguf`",
+                        )
                     })?;
                     ("model.safetensors", file)
                 }
@@ -300,7 +303,8 @@ impl WeightSource {
     /// A tensor of the model on a device, as f32 or bf16, dequantised where it is quantised.
     ///
     /// # Errors
-    /// When it is missing, has another shape, or the device has no room.
+    /// When it is missing, has another shape, holds a value that is not finite, or the device has
+    /// no room.
     pub fn tensor(
         &self,
         name: &str,
@@ -318,10 +322,12 @@ impl WeightSource {
                     file.read_bf16(&names[name], &rows, heads.is_some())?
                 }
             };
+            require_finite(name, values.iter().position(|x| !x.is_finite()))?;
             Tensor::from_vec(values, shape, device)
         } else {
-            Tensor::from_vec(self.read_f32(name, shape)?, shape, device)
-                .and_then(|t| t.to_dtype(dtype))
+            let values = self.read_f32(name, shape)?;
+            require_finite(name, values.iter().position(|x| !x.is_finite()))?;
+            Tensor::from_vec(values, shape, device).and_then(|t| t.to_dtype(dtype))
         };
         tensor.with_context(|| format!("cannot place tensor `{name}` on the device"))
     }
@@ -377,6 +383,16 @@ fn unpermute(
         let (half, i) = (within / (width / 2), within % (width / 2));
         head * width + 2 * i + half
     }))
+}
+
+/// One value that is not finite would spoil every loss: better said by name than found as a NaN
+/// after a step.
+fn require_finite(name: &str, bad: Option<usize>) -> Result<()> {
+    match bad {
+        None => Ok(()),
+        Some(at) => Err(Error::new(format!("tensor `{name}` is not finite at element {at}"))
+            .with_hint("the file is damaged, or the model was broken when it was saved")),
+    }
 }
 
 /// Hugging Face's name of a GGUF tensor.

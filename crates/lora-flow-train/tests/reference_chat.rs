@@ -1,6 +1,7 @@
 //! Conversations rendered with SmolLM2's chat template, against transformers
 //! (`tests/reference/tokenizer.json`).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use lora_flow_data::ChatTemplate;
@@ -14,7 +15,7 @@ fn json(name: &str) -> Value {
 #[test]
 fn conversations_are_rendered_as_transformers_does() {
     let source = json("tokenizer_small.json")["chat_template"].as_str().unwrap().to_owned();
-    let template = ChatTemplate::new(&source, &[], &[], None).unwrap();
+    let template = ChatTemplate::new(&source, &[], &BTreeMap::new(), None).unwrap();
     let values = json("tokenizer.json");
     let chats = values["chats"].as_array().unwrap();
     assert_eq!(chats.len(), 6);

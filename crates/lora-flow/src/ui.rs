@@ -125,7 +125,9 @@ pub fn render_diagnostics(severity: &str, diagnostics: &[Diagnostic]) {
         let style = console::style(severity).bold().for_stderr();
         let style = if severity == "error" { style.red() } else { style.yellow() };
         eprintln!("{style}: {} ({place})", diagnostic.message);
-        let Some(span) = &diagnostic.span else {
+        // An excerpt helps a reader only where its line can be read.
+        let span = diagnostic.span.filter(|span| line_length(diagnostic, span.start) <= 300);
+        let Some(span) = span else {
             if let Some(hint) = &diagnostic.hint {
                 eprintln!("  hint: {hint}");
             }
@@ -136,7 +138,7 @@ pub fn render_diagnostics(severity: &str, diagnostics: &[Diagnostic]) {
         let mut excerpt = MietteDiagnostic::new("").with_label(LabeledSpan::new(
             diagnostic.label.clone(),
             span.start,
-            span.end.saturating_sub(span.start),
+            span.end.saturating_sub(span.start).max(1),
         ));
         excerpt.help = diagnostic.hint.clone();
         let report = miette::Report::new(excerpt).with_source_code(NamedSource::new(
@@ -152,4 +154,13 @@ pub fn render_diagnostics(severity: &str, diagnostics: &[Diagnostic]) {
             eprintln!("{}\n", body.join("\n"));
         }
     }
+}
+
+/// Length in bytes of the line that holds a byte of the source.
+fn line_length(diagnostic: &Diagnostic, offset: usize) -> usize {
+    let bytes = diagnostic.source.text.as_bytes();
+    let offset = offset.min(bytes.len());
+    let start = bytes[..offset].iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
+    let end = bytes[offset..].iter().position(|b| *b == b'\n').map_or(bytes.len(), |i| offset + i);
+    end - start
 }

@@ -32,6 +32,9 @@ impl Selection {
                 _ => kept.insert(0, ("text".to_owned(), text.to_owned())),
             }
         }
+        if let Some((_, old)) = kept.iter().find(|(_, o)| !table.columns().contains(&o.as_str())) {
+            return Err(no_such_column(old, &table.name(), table.columns()));
+        }
         let mut names: Vec<&str> = kept.iter().map(|(new, _)| new.as_str()).collect();
         names.sort_unstable();
         if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -40,9 +43,6 @@ impl Selection {
         }
         let mut read: Vec<String> = Vec::with_capacity(kept.len());
         for (_, old) in &kept {
-            if !table.columns().contains(&old.as_str()) {
-                return Err(no_such_column(old, &table.name(), table.columns()));
-            }
             if !read.contains(old) {
                 read.push(old.clone());
             }
