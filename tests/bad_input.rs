@@ -56,192 +56,243 @@ fn snapshot(name: &str, text: String) {
 
 #[test]
 fn pipelines() {
-    snapshot("pipelines", messages(&[
-        ("unknown top-level key", 2, |p| p.edit("pipeline.yaml", "name: tiny", "nmae: tiny"), &[]),
-        (
-            "unknown key of a task",
-            2,
-            |p| p.edit("pipeline.yaml", "needs: [gate]", "depends_on: [gate]"),
-            &[]
-        ),
-        ("unknown kind", 2, |p| p.edit("pipeline.yaml", "uses: tokenize", "uses: tokenise"), &[]),
-        (
-            "unknown parameter",
-            2,
-            |p| p.edit("pipeline.yaml", "learning_rate: ${{", "learnign_rate: ${{"),
-            &[]
-        ),
-        (
-            "parameter of another tool",
-            2,
-            |p| p.edit("pipeline.yaml", "per_device_train_batch_size", "micro_batch_size"),
-            &[]
-        ),
-        (
-            "text for a number",
-            2,
-            |p| p.edit("pipeline.yaml", "${{ params.learning_rate }}", "fast"),
-            &[]
-        ),
-        ("number for a flag", 2, |p| p.edit("pipeline.yaml", "packing: true", "packing: 3"), &[]),
-        (
-            "list for a path",
-            2,
-            |p| p.edit("pipeline.yaml", "source: models/tiny", "source: [models/tiny]"),
-            &[]
-        ),
-        ("unknown choice", 2, |p| p.edit("pipeline.yaml", "format: text", "format: txt"), &[]),
-        ("rank of zero", 2, |p| p.edit("pipeline.yaml", "r: ${{ params.r }}", "r: 0"), &[]),
-        ("negative steps", 2, |p| p.edit("pipeline.yaml", "${{ params.steps }}", "-5"), &[]),
-        ("fractions above one", 2, |p| p.edit("pipeline.yaml", "eval: 0.25", "eval: 0.5"), &[]),
-        (
-            "missing required parameter",
-            2,
-            |p| p.edit("pipeline.yaml", "    with: { source: models/tiny }\n", ""),
-            &[]
-        ),
-        (
-            "missing required input",
-            2,
-            |p| p.edit(
-                "pipeline.yaml",
-                "adapter: adapter, train: train_tokens",
-                "adapter: adapter"
+    snapshot(
+        "pipelines",
+        messages(&[
+            (
+                "unknown top-level key",
+                2,
+                |p| p.edit("pipeline.yaml", "name: tiny", "nmae: tiny"),
+                &[],
             ),
-            &[]
-        ),
-        (
-            "unknown input",
-            2,
-            |p| p.edit("pipeline.yaml", "adapter: adapter, train:", "adapter: adapter, training:"),
-            &[]
-        ),
-        (
-            "input from an unknown task",
-            2,
-            |p| p.edit("pipeline.yaml", "train: train_tokens", "train: train_tokns"),
-            &[]
-        ),
-        ("unknown output", 2, |p| p.edit("pipeline.yaml", "docs.eval", "docs.evaluation"), &[]),
-        ("ambiguous output", 2, |p| p.edit("pipeline.yaml", "docs.eval", "docs"), &[]),
-        (
-            "wrong kind of artifact",
-            2,
-            |p| p.edit("pipeline.yaml", "train: train_tokens", "train: docs.train"),
-            &[]
-        ),
-        (
-            "cycle",
-            2,
-            |p| p.edit(
-                "pipeline.yaml",
-                "    uses: model\n",
-                "    uses: model\n    needs: [merged]\n"
+            (
+                "unknown key of a task",
+                2,
+                |p| p.edit("pipeline.yaml", "needs: [gate]", "depends_on: [gate]"),
+                &[],
             ),
-            &[]
-        ),
-        (
-            "needs an unknown task",
-            2,
-            |p| p.edit("pipeline.yaml", "needs: [gate]", "needs: [gates]"),
-            &[]
-        ),
-        ("unknown reference", 2, |p| p.edit("pipeline.yaml", "params.steps", "params.step"), &[]),
-        (
-            "undeclared environment",
-            2,
-            |p| p.edit("pipeline.yaml", "params.steps", "env.STEPS"),
-            &[]
-        ),
-        (
-            "broken expression",
-            2,
-            |p| p.edit("pipeline.yaml", "${{ params.steps }}", "${{ params.steps + }}"),
-            &[]
-        ),
-        ("duplicate task", 2, |p| p.edit("pipeline.yaml", "  after:\n", "  before:\n"), &[]),
-        (
-            "YAML syntax",
-            2,
-            |p| p.edit(
-                "pipeline.yaml",
-                "split: { train: 0.75, eval: 0.25 }",
-                "split: { train: 0.75, eval: 0.25"
+            (
+                "unknown kind",
+                2,
+                |p| p.edit("pipeline.yaml", "uses: tokenize", "uses: tokenise"),
+                &[],
             ),
-            &[]
-        ),
-        (
-            "tab for indentation",
-            2,
-            |p| p.edit("pipeline.yaml", "    uses: model", "\tuses: model"),
-            &[]
-        ),
-        ("empty file", 2, |p| p.write("pipeline.yaml", ""), &[]),
-        ("not UTF-8", 2, |p| p.write("pipeline.yaml", b"name: \xff\xfe\n"), &[]),
-        ("a list", 2, |p| p.write("pipeline.yaml", "- run\n- this\n"), &[]),
-        ("version of the future", 2, |p| p.edit("pipeline.yaml", "version: 1", "version: 9"), &[]),
-        ("alias bomb", 2, |p| p.write("pipeline.yaml", alias_bomb()), &[]),
-        (
-            "deep nesting",
-            2,
-            |p| p.write("pipeline.yaml", format!("tasks: {}", "[".repeat(20_000))),
-            &[]
-        ),
-        ("missing file", 2, |p| std::fs::remove_file(p.path("pipeline.yaml")).unwrap(), &[]),
-        ("missing data", 2, |p| p.edit("pipeline.yaml", "data/docs.jsonl", "data/*.parquet"), &[]),
-        (
-            "missing plugin",
-            2,
-            |p| p.edit("pipeline.yaml", "tasks:\n", "plugins: [plugins/none]\ntasks:\n"),
-            &[]
-        ),
-        ("broken plugin manifest", 2, broken_plugin, &[]),
-        (
-            "broken rule",
-            2,
-            |p| p.edit(
-                "pipeline.yaml",
-                "candidate.perplexity < baseline.perplexity",
-                "candidate.perplexity <"
+            (
+                "unknown parameter",
+                2,
+                |p| p.edit("pipeline.yaml", "learning_rate: ${{", "learnign_rate: ${{"),
+                &[],
             ),
-            &[]
-        ),
-        (
-            "two publish to one place",
-            2,
-            |p| p.edit(
-                "pipeline.yaml",
-                "    uses: model\n",
-                "    uses: model\n    publish: out/merged\n"
+            (
+                "parameter of another tool",
+                2,
+                |p| p.edit("pipeline.yaml", "per_device_train_batch_size", "micro_batch_size"),
+                &[],
             ),
-            &[]
-        ),
-        (
-            "bad timeout",
-            2,
-            |p| p.edit(
-                "pipeline.yaml",
-                "    uses: model\n",
-                "    uses: model\n    timeout: soon\n"
+            (
+                "text for a number",
+                2,
+                |p| p.edit("pipeline.yaml", "${{ params.learning_rate }}", "fast"),
+                &[],
             ),
-            &[]
-        ),
-        ("unknown --set", 2, |_| (), &["--set", "rank=8"]),
-        ("--set of another type", 2, |_| (), &["--set", "steps=many"]),
-        ("unknown --target", 2, |_| (), &["--target", "trian"]),
-        ("unknown --force", 2, |_| (), &["--force=trian"]),
-        (
-            "several problems at once",
-            2,
-            |p| {
-                p.edit("pipeline.yaml", "uses: model", "uses: modl");
-                p.edit("pipeline.yaml", "lora_alpha", "alpha");
-                p.edit("pipeline.yaml", "docs.eval", "docs.evil");
-                p.edit("pipeline.yaml", "max_length: 64", "max_length: long");
-            },
-            &[]
-        ),
-    ]));
+            (
+                "number for a flag",
+                2,
+                |p| p.edit("pipeline.yaml", "packing: true", "packing: 3"),
+                &[],
+            ),
+            (
+                "list for a path",
+                2,
+                |p| p.edit("pipeline.yaml", "source: models/tiny", "source: [models/tiny]"),
+                &[],
+            ),
+            ("unknown choice", 2, |p| p.edit("pipeline.yaml", "format: text", "format: txt"), &[]),
+            ("rank of zero", 2, |p| p.edit("pipeline.yaml", "r: ${{ params.r }}", "r: 0"), &[]),
+            ("negative steps", 2, |p| p.edit("pipeline.yaml", "${{ params.steps }}", "-5"), &[]),
+            ("fractions above one", 2, |p| p.edit("pipeline.yaml", "eval: 0.25", "eval: 0.5"), &[]),
+            (
+                "missing required parameter",
+                2,
+                |p| p.edit("pipeline.yaml", "    with: { source: models/tiny }\n", ""),
+                &[],
+            ),
+            (
+                "missing required input",
+                2,
+                |p| {
+                    p.edit(
+                        "pipeline.yaml",
+                        "adapter: adapter, train: train_tokens",
+                        "adapter: adapter",
+                    )
+                },
+                &[],
+            ),
+            (
+                "unknown input",
+                2,
+                |p| {
+                    p.edit(
+                        "pipeline.yaml",
+                        "adapter: adapter, train:",
+                        "adapter: adapter, training:",
+                    )
+                },
+                &[],
+            ),
+            (
+                "input from an unknown task",
+                2,
+                |p| p.edit("pipeline.yaml", "train: train_tokens", "train: train_tokns"),
+                &[],
+            ),
+            ("unknown output", 2, |p| p.edit("pipeline.yaml", "docs.eval", "docs.evaluation"), &[]),
+            ("ambiguous output", 2, |p| p.edit("pipeline.yaml", "docs.eval", "docs"), &[]),
+            (
+                "wrong kind of artifact",
+                2,
+                |p| p.edit("pipeline.yaml", "train: train_tokens", "train: docs.train"),
+                &[],
+            ),
+            (
+                "cycle",
+                2,
+                |p| {
+                    p.edit(
+                        "pipeline.yaml",
+                        "    uses: model\n",
+                        "    uses: model\n    needs: [merged]\n",
+                    )
+                },
+                &[],
+            ),
+            (
+                "needs an unknown task",
+                2,
+                |p| p.edit("pipeline.yaml", "needs: [gate]", "needs: [gates]"),
+                &[],
+            ),
+            (
+                "unknown reference",
+                2,
+                |p| p.edit("pipeline.yaml", "params.steps", "params.step"),
+                &[],
+            ),
+            (
+                "undeclared environment",
+                2,
+                |p| p.edit("pipeline.yaml", "params.steps", "env.STEPS"),
+                &[],
+            ),
+            (
+                "broken expression",
+                2,
+                |p| p.edit("pipeline.yaml", "${{ params.steps }}", "${{ params.steps + }}"),
+                &[],
+            ),
+            ("duplicate task", 2, |p| p.edit("pipeline.yaml", "  after:\n", "  before:\n"), &[]),
+            (
+                "YAML syntax",
+                2,
+                |p| {
+                    p.edit(
+                        "pipeline.yaml",
+                        "split: { train: 0.75, eval: 0.25 }",
+                        "split: { train: 0.75, eval: 0.25",
+                    )
+                },
+                &[],
+            ),
+            (
+                "tab for indentation",
+                2,
+                |p| p.edit("pipeline.yaml", "    uses: model", "\tuses: model"),
+                &[],
+            ),
+            ("empty file", 2, |p| p.write("pipeline.yaml", ""), &[]),
+            ("not UTF-8", 2, |p| p.write("pipeline.yaml", b"name: \xff\xfe\n"), &[]),
+            ("a list", 2, |p| p.write("pipeline.yaml", "- run\n- this\n"), &[]),
+            (
+                "version of the future",
+                2,
+                |p| p.edit("pipeline.yaml", "version: 1", "version: 9"),
+                &[],
+            ),
+            ("alias bomb", 2, |p| p.write("pipeline.yaml", alias_bomb()), &[]),
+            (
+                "deep nesting",
+                2,
+                |p| p.write("pipeline.yaml", format!("tasks: {}", "[".repeat(20_000))),
+                &[],
+            ),
+            ("missing file", 2, |p| std::fs::remove_file(p.path("pipeline.yaml")).unwrap(), &[]),
+            (
+                "missing data",
+                2,
+                |p| p.edit("pipeline.yaml", "data/docs.jsonl", "data/*.parquet"),
+                &[],
+            ),
+            (
+                "missing plugin",
+                2,
+                |p| p.edit("pipeline.yaml", "tasks:\n", "plugins: [plugins/none]\ntasks:\n"),
+                &[],
+            ),
+            ("broken plugin manifest", 2, broken_plugin, &[]),
+            (
+                "broken rule",
+                2,
+                |p| {
+                    p.edit(
+                        "pipeline.yaml",
+                        "candidate.perplexity < baseline.perplexity",
+                        "candidate.perplexity <",
+                    )
+                },
+                &[],
+            ),
+            (
+                "two publish to one place",
+                2,
+                |p| {
+                    p.edit(
+                        "pipeline.yaml",
+                        "    uses: model\n",
+                        "    uses: model\n    publish: out/merged\n",
+                    )
+                },
+                &[],
+            ),
+            (
+                "bad timeout",
+                2,
+                |p| {
+                    p.edit(
+                        "pipeline.yaml",
+                        "    uses: model\n",
+                        "    uses: model\n    timeout: soon\n",
+                    )
+                },
+                &[],
+            ),
+            ("unknown --set", 2, |_| (), &["--set", "rank=8"]),
+            ("--set of another type", 2, |_| (), &["--set", "steps=many"]),
+            ("unknown --target", 2, |_| (), &["--target", "trian"]),
+            ("unknown --force", 2, |_| (), &["--force=trian"]),
+            (
+                "several problems at once",
+                2,
+                |p| {
+                    p.edit("pipeline.yaml", "uses: model", "uses: modl");
+                    p.edit("pipeline.yaml", "lora_alpha", "alpha");
+                    p.edit("pipeline.yaml", "docs.eval", "docs.evil");
+                    p.edit("pipeline.yaml", "max_length: 64", "max_length: long");
+                },
+                &[],
+            ),
+        ]),
+    );
 }
 
 fn alias_bomb() -> String {
@@ -263,115 +314,131 @@ fn broken_plugin(p: &Project) {
 
 #[test]
 fn data() {
-    snapshot("data", messages(&[
-        ("truncated Parquet", 1, |p| with_parquet(p, |bytes| bytes.truncate(bytes.len() / 2)), &[]),
-        (
-            "Parquet with a spoilt page",
-            1,
-            |p| with_parquet(p, |bytes| bytes[8..40].fill(0xff)),
-            &[]
-        ),
-        ("not Parquet", 1, |p| with_parquet(p, |bytes| *bytes = b"id,text\n1,a\n".to_vec()), &[]),
-        ("empty Parquet file", 1, |p| with_parquet(p, Vec::clear), &[]),
-        (
-            "Parquet without rows",
-            1,
-            |p| with_columns(p, vec![("text", Arc::new(StringArray::from(Vec::<&str>::new())))]),
-            &[]
-        ),
-        ("missing column", 1, |p| p.edit("pipeline.yaml", "text: text", "text: txt"), &[]),
-        (
-            "numbers for text",
-            1,
-            |p| with_columns(p, vec![("text", Arc::new(Int64Array::from(vec![1, 2, 3])))]),
-            &[]
-        ),
-        (
-            "malformed JSON line",
-            1,
-            |p| p.write("data/docs.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"\n"),
-            &[]
-        ),
-        (
-            "JSONL that is not UTF-8",
-            1,
-            |p| p.write("data/docs.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n"),
-            &[]
-        ),
-        ("empty JSONL", 1, |p| p.write("data/docs.jsonl", ""), &[]),
-        ("ragged CSV", 1, |p| with_csv(p, b"id,text\n1,a\n2,b,c\n"), &[]),
-        ("CSV that is not UTF-8", 1, |p| with_csv(p, b"id,text\n1,\xff\n"), &[]),
-        (
-            "rows without text",
-            1,
-            |p| rows(p, |i| json!({ "id": i, "text": " " })),
-            &[]
-        ),
-        (
-            "filter that keeps nothing",
-            1,
-            |p| p.edit("pipeline.yaml", "text: text", "text: text\n      where: id > 1000"),
-            &[]
-        ),
-        (
-            "filter that is not an expression",
-            2,
-            |p| p.edit("pipeline.yaml", "text: text", "text: text\n      where: id >"),
-            &[]
-        ),
-        (
-            "split that gets nothing",
-            1,
-            |p| p.write("data/docs.jsonl", "{\"text\": \"only one\"}\n"),
-            &[]
-        ),
-        (
-            "completions all empty",
-            1,
-            |p| {
-                rows(p, |i| json!({ "prompt": format!("question {i}"), "completion": "" }));
-                p.edit("pipeline.yaml", "      text: text\n", "");
-                p.edit(
-                    "pipeline.yaml",
-                    "format: text, max_length: 64, packing: true",
-                    "format: prompt-completion, max_length: 64, add_eos: false",
-                );
-            },
-            &["--target", "train_tokens"]
-        ),
-        (
-            "messages out of order",
-            1,
-            |p| {
-                rows(p, |i| json!({ "id": i, "messages": [{ "role": "assistant", "content": "b" }, { "role": "narrator", "content": "a" }] }));
-                p.write(
-                    "models/tiny/chat_template.jinja",
-                    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}",
-                );
-                p.edit("pipeline.yaml", "      text: text\n", "");
-                p.edit(
-                    "pipeline.yaml",
-                    "format: text, max_length: 64, packing: true",
-                    "format: messages, max_length: 64",
-                );
-            },
-            &["--target", "train_tokens"]
-        ),
-        (
-            "messages without a chat template",
-            1,
-            |p| {
-                rows(p, |i| json!({ "id": i, "messages": [{ "role": "user", "content": "b" }, { "role": "assistant", "content": "a" }] }));
-                p.edit("pipeline.yaml", "      text: text\n", "");
-                p.edit(
-                    "pipeline.yaml",
-                    "format: text, max_length: 64, packing: true",
-                    "format: messages, max_length: 64",
-                );
-            },
-            &["--target", "train_tokens"]
-        ),
-    ]));
+    snapshot(
+        "data",
+        messages(&[
+            (
+                "truncated Parquet",
+                1,
+                |p| with_parquet(p, |bytes| bytes.truncate(bytes.len() / 2)),
+                &[],
+            ),
+            (
+                "Parquet with a spoilt page",
+                1,
+                |p| with_parquet(p, |bytes| bytes[8..40].fill(0xff)),
+                &[],
+            ),
+            (
+                "not Parquet",
+                1,
+                |p| with_parquet(p, |bytes| *bytes = b"id,text\n1,a\n".to_vec()),
+                &[],
+            ),
+            ("empty Parquet file", 1, |p| with_parquet(p, Vec::clear), &[]),
+            (
+                "Parquet without rows",
+                1,
+                |p| {
+                    with_columns(p, vec![("text", Arc::new(StringArray::from(Vec::<&str>::new())))])
+                },
+                &[],
+            ),
+            ("missing column", 1, |p| p.edit("pipeline.yaml", "text: text", "text: txt"), &[]),
+            (
+                "numbers for text",
+                1,
+                |p| with_columns(p, vec![("text", Arc::new(Int64Array::from(vec![1, 2, 3])))]),
+                &[],
+            ),
+            (
+                "malformed JSON line",
+                1,
+                |p| p.write("data/docs.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"\n"),
+                &[],
+            ),
+            (
+                "JSONL that is not UTF-8",
+                1,
+                |p| p.write("data/docs.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n"),
+                &[],
+            ),
+            ("empty JSONL", 1, |p| p.write("data/docs.jsonl", ""), &[]),
+            ("ragged CSV", 1, |p| with_csv(p, b"id,text\n1,a\n2,b,c\n"), &[]),
+            ("CSV that is not UTF-8", 1, |p| with_csv(p, b"id,text\n1,\xff\n"), &[]),
+            ("rows without text", 1, |p| rows(p, |i| json!({ "id": i, "text": " " })), &[]),
+            (
+                "filter that keeps nothing",
+                1,
+                |p| p.edit("pipeline.yaml", "text: text", "text: text\n      where: id > 1000"),
+                &[],
+            ),
+            (
+                "filter that is not an expression",
+                2,
+                |p| p.edit("pipeline.yaml", "text: text", "text: text\n      where: id >"),
+                &[],
+            ),
+            (
+                "split that gets nothing",
+                1,
+                |p| p.write("data/docs.jsonl", "{\"text\": \"only one\"}\n"),
+                &[],
+            ),
+            (
+                "completions all empty",
+                1,
+                |p| {
+                    rows(p, |i| json!({ "prompt": format!("question {i}"), "completion": "" }));
+                    p.edit("pipeline.yaml", "      text: text\n", "");
+                    p.edit(
+                        "pipeline.yaml",
+                        "format: text, max_length: 64, packing: true",
+                        "format: prompt-completion, max_length: 64, add_eos: false",
+                    );
+                },
+                &["--target", "train_tokens"],
+            ),
+            (
+                "messages out of order",
+                1,
+                |p| {
+                    rows(
+                        p,
+                        |i| json!({ "id": i, "messages": [{ "role": "assistant", "content": "b" }, { "role": "narrator", "content": "a" }] }),
+                    );
+                    p.write(
+                        "models/tiny/chat_template.jinja",
+                        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}",
+                    );
+                    p.edit("pipeline.yaml", "      text: text\n", "");
+                    p.edit(
+                        "pipeline.yaml",
+                        "format: text, max_length: 64, packing: true",
+                        "format: messages, max_length: 64",
+                    );
+                },
+                &["--target", "train_tokens"],
+            ),
+            (
+                "messages without a chat template",
+                1,
+                |p| {
+                    rows(
+                        p,
+                        |i| json!({ "id": i, "messages": [{ "role": "user", "content": "b" }, { "role": "assistant", "content": "a" }] }),
+                    );
+                    p.edit("pipeline.yaml", "      text: text\n", "");
+                    p.edit(
+                        "pipeline.yaml",
+                        "format: text, max_length: 64, packing: true",
+                        "format: messages, max_length: 64",
+                    );
+                },
+                &["--target", "train_tokens"],
+            ),
+        ]),
+    );
 }
 
 /// Forty rows, each its own, so that both splits get some.
@@ -409,115 +476,124 @@ fn with_csv(p: &Project, content: &[u8]) {
 
 #[test]
 fn models() {
-    snapshot("models", messages(&[
-        ("missing folder", 2, |p| p.edit("pipeline.yaml", "models/tiny", "models/tinny"), &[]),
-        (
-            "folder without weights",
-            1,
-            |p| std::fs::remove_file(p.path("models/tiny/model.safetensors")).unwrap(),
-            &[]
-        ),
-        (
-            "folder without configuration",
-            1,
-            |p| std::fs::remove_file(p.path("models/tiny/config.json")).unwrap(),
-            &[]
-        ),
-        (
-            "folder without tokenizer",
-            1,
-            |p| std::fs::remove_file(p.path("models/tiny/tokenizer.json")).unwrap(),
-            &[]
-        ),
-        (
-            "configuration that is not JSON",
-            1,
-            |p| p.write("models/tiny/config.json", "{ \"vocab_size\": 258"),
-            &[]
-        ),
-        (
-            "unknown architecture",
-            1,
-            |p| config(p, |c| c["architectures"] = json!(["MambaForCausalLM"])),
-            &[]
-        ),
-        (
-            "missing field",
-            1,
-            |p| config(p, |c| {
-                c.as_object_mut().unwrap().remove("hidden_size");
-            }),
-            &[]
-        ),
-        (
-            "RoPE of an unknown type",
-            1,
-            |p| config(p, |c| c["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 2.0 })),
-            &[]
-        ),
-        (
-            "heads that do not divide",
-            1,
-            |p| config(p, |c| c["num_key_value_heads"] = json!(3)),
-            &[]
-        ),
-        ("truncated safetensors", 1, |p| cut(p, "models/tiny/model.safetensors", 0.5), &[]),
-        ("empty safetensors", 1, |p| p.write("models/tiny/model.safetensors", ""), &[]),
-        (
-            "safetensors with an absurd header",
-            1,
-            |p| p.write("models/tiny/model.safetensors", [0xff; 64]),
-            &[]
-        ),
-        (
-            "missing tensor",
-            1,
-            |p| tensors(p, |t| t.retain(|(n, ..)| n != "model.layers.1.mlp.up_proj.weight")),
-            &[]
-        ),
-        (
-            "tensor too many",
-            1,
-            |p| tensors(p, |t| t.push((
-                "model.layers.7.mlp.up_proj.weight".into(),
-                vec![1],
-                vec![0.0]
-            ))),
-            &[]
-        ),
-        ("wrong shape", 1, |p| tensors(p, |t| t[1].1 = vec![16, 2]), &[]),
-        ("NaN in the weights", 1, |p| tensors(p, |t| t[2].2[7] = f32::NAN), &[]),
-        ("GGUF of another magic", 1, |p| gguf(p, b"GGML\x03\0\0\0"), &[]),
-        ("truncated GGUF", 1, |p| gguf(p, b"GGUF\x03\0\0\0\x05\0\0\0\0\0\0\0\x02\0"), &[]),
-        (
-            "GGUF with absurd counts",
-            1,
-            |p| gguf(
+    snapshot(
+        "models",
+        messages(&[
+            ("missing folder", 2, |p| p.edit("pipeline.yaml", "models/tiny", "models/tinny"), &[]),
+            (
+                "folder without weights",
+                1,
+                |p| std::fs::remove_file(p.path("models/tiny/model.safetensors")).unwrap(),
+                &[],
+            ),
+            (
+                "folder without configuration",
+                1,
+                |p| std::fs::remove_file(p.path("models/tiny/config.json")).unwrap(),
+                &[],
+            ),
+            (
+                "folder without tokenizer",
+                1,
+                |p| std::fs::remove_file(p.path("models/tiny/tokenizer.json")).unwrap(),
+                &[],
+            ),
+            (
+                "configuration that is not JSON",
+                1,
+                |p| p.write("models/tiny/config.json", "{ \"vocab_size\": 258"),
+                &[],
+            ),
+            (
+                "unknown architecture",
+                1,
+                |p| config(p, |c| c["architectures"] = json!(["MambaForCausalLM"])),
+                &[],
+            ),
+            (
+                "missing field",
+                1,
+                |p| {
+                    config(p, |c| {
+                        c.as_object_mut().unwrap().remove("hidden_size");
+                    })
+                },
+                &[],
+            ),
+            (
+                "RoPE of an unknown type",
+                1,
+                |p| {
+                    config(p, |c| c["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 2.0 }))
+                },
+                &[],
+            ),
+            (
+                "heads that do not divide",
+                1,
+                |p| config(p, |c| c["num_key_value_heads"] = json!(3)),
+                &[],
+            ),
+            ("truncated safetensors", 1, |p| cut(p, "models/tiny/model.safetensors", 0.5), &[]),
+            ("empty safetensors", 1, |p| p.write("models/tiny/model.safetensors", ""), &[]),
+            (
+                "safetensors with an absurd header",
+                1,
+                |p| p.write("models/tiny/model.safetensors", [0xff; 64]),
+                &[],
+            ),
+            (
+                "missing tensor",
+                1,
+                |p| tensors(p, |t| t.retain(|(n, ..)| n != "model.layers.1.mlp.up_proj.weight")),
+                &[],
+            ),
+            (
+                "tensor too many",
+                1,
+                |p| {
+                    tensors(p, |t| {
+                        t.push(("model.layers.7.mlp.up_proj.weight".into(), vec![1], vec![0.0]))
+                    })
+                },
+                &[],
+            ),
+            ("wrong shape", 1, |p| tensors(p, |t| t[1].1 = vec![16, 2]), &[]),
+            ("NaN in the weights", 1, |p| tensors(p, |t| t[2].2[7] = f32::NAN), &[]),
+            ("GGUF of another magic", 1, |p| gguf(p, b"GGML\x03\0\0\0"), &[]),
+            ("truncated GGUF", 1, |p| gguf(p, b"GGUF\x03\0\0\0\x05\0\0\0\0\0\0\0\x02\0"), &[]),
+            (
+                "GGUF with absurd counts",
+                1,
+                |p| {
+                    gguf(
                 p,
                 b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x7f"
+            )
+                },
+                &[],
             ),
-            &[]
-        ),
-        ("broken tokenizer", 1, |p| p.write("models/tiny/tokenizer.json", "{}"), &[]),
-        (
-            "tokenizer larger than the model",
-            1,
-            |p| {
-                let mut t = tokenizer();
-                t["model"]["vocab"]["zz"] = json!(300);
-                p.write("models/tiny/tokenizer.json", t.to_string());
-            },
-            &[]
-        ),
-        (
-            "target modules that match nothing",
-            1,
-            |p| p.edit("pipeline.yaml", "all-linear", "[q_prj]"),
-            &[]
-        ),
-        ("rank above the layer's size", 1, |_| (), &["--set", "r=64"]),
-        ("learning rate that explodes", 1, |_| (), &["--set", "learning_rate=1.0e+30"]),
-    ]));
+            ("broken tokenizer", 1, |p| p.write("models/tiny/tokenizer.json", "{}"), &[]),
+            (
+                "tokenizer larger than the model",
+                1,
+                |p| {
+                    let mut t = tokenizer();
+                    t["model"]["vocab"]["zz"] = json!(300);
+                    p.write("models/tiny/tokenizer.json", t.to_string());
+                },
+                &[],
+            ),
+            (
+                "target modules that match nothing",
+                1,
+                |p| p.edit("pipeline.yaml", "all-linear", "[q_prj]"),
+                &[],
+            ),
+            ("rank above the layer's size", 1, |_| (), &["--set", "r=64"]),
+            ("learning rate that explodes", 1, |_| (), &["--set", "learning_rate=1.0e+30"]),
+        ]),
+    );
 }
 
 fn config(p: &Project, change: fn(&mut Value)) {

@@ -85,6 +85,9 @@ impl Task for Gate {
         cx.report(table(&required, &warned));
         let passed = required.len() - failed.len();
         cx.summary("rules", format!("{passed} of {} hold", required.len()));
+        for (name, change) in required.iter().chain(&warned).filter_map(change) {
+            cx.summary(name, change);
+        }
         for finding in warned.iter().filter(|f| !f.passed) {
             cx.warn(format!("does not hold: {}", describe(finding)));
         }
@@ -148,6 +151,25 @@ fn found(finding: &Finding) -> String {
     let values = finding.values.iter();
     let values = values.map(|(k, v)| format!("{k} = {}", v.map_or("null".to_owned(), short)));
     values.collect::<Vec<_>>().join(", ")
+}
+
+/// For a rule over one metric of two inputs, the one it names second being the standard: the name
+/// of the first and `12.95 → 9.79 (−24.4 %)`.
+fn change(finding: &Finding) -> Option<(String, String)> {
+    let mut values: Vec<(&str, f64)> = Vec::new();
+    for (reference, value) in &finding.values {
+        values.push((reference, (*value)?));
+    }
+    let is_part = |c: char| c.is_alphanumeric() || c == '_' || c == '.';
+    let words: Vec<&str> = finding.rule.split(|c| !is_part(c)).collect();
+    values.sort_by_key(|(reference, _)| words.iter().position(|word| word == reference));
+    let [(name, after), (standard, before)] = values[..] else { return None };
+    let metric = |reference: &str| reference.rsplit_once('.').map(|(_, m)| m.to_owned());
+    if metric(name) != metric(standard) || before == 0.0 {
+        return None;
+    }
+    let percent = 100.0 * (after / before - 1.0);
+    Some((name.to_owned(), format!("{} → {} ({percent:+.1} %)", short(before), short(after))))
 }
 
 fn describe(finding: &Finding) -> String {

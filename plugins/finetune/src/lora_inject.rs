@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use lora_flow_core::{ArtifactKind, Ports, Problem, Result, Task, TaskContext};
+use lora_flow_data::group_digits;
 use lora_flow_model::config::ModelConfig;
 use lora_flow_model::lora::{Init, Lora, LoraConfig, TargetModules};
 use lora_flow_model::lora_match::check_regex;
@@ -263,10 +264,10 @@ impl Task for LoraInject {
         cx.report(table(&lora));
         cx.report(format!(
             "trainable parameters {} of {} ({percent:.4} %)",
-            thousands(trainable),
-            thousands(all)
+            group_digits(trainable as u64),
+            group_digits(all as u64)
         ));
-        cx.summary("trainable", format!("{} ({percent:.2} %)", thousands(trainable)));
+        cx.summary("trainable", format!("{} ({percent:.2} %)", group_digits(trainable as u64)));
         cx.summary("layers", lora.modules.len().to_string());
         Ok(())
     }
@@ -303,7 +304,7 @@ fn table(lora: &Lora) -> String {
             m.in_features,
             m.r,
             format!("{:.4}", m.scale),
-            thousands(m.r * (m.in_features + m.out_features)),
+            group_digits((m.r * (m.in_features + m.out_features)) as u64),
         );
         match groups.iter_mut().find(|(l, _)| *l == line) {
             Some((_, count)) => *count += 1,
@@ -317,19 +318,6 @@ fn table(lora: &Lora) -> String {
     for (line, count) in groups {
         // Writing to a string cannot fail.
         let _ = writeln!(out, "{line} {count:>7}");
-    }
-    out
-}
-
-/// 1234567 → `1,234,567`.
-fn thousands(n: usize) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, c) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(c);
     }
     out
 }
@@ -379,10 +367,5 @@ mod tests {
             ]
         );
         assert!(parse(json!({})).validate().is_empty());
-    }
-
-    #[test]
-    fn numbers_get_separators() {
-        assert_eq!([0, 999, 1000, 1234567].map(thousands), ["0", "999", "1,000", "1,234,567"]);
     }
 }

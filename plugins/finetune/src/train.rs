@@ -112,6 +112,7 @@ impl Train {
         let out = cx.output("adapter")?;
         outcome.lora.save_peft(&out.path, None)?;
         out.set_meta(json!({ "trainable_parameters": trainable, "steps": outcome.steps }));
+        let adapter_bytes = fs_err::metadata(out.path.join("adapter_model.safetensors"))?.len();
 
         let out = cx.output("metrics")?;
         out.write(LOG_FILE, log)?;
@@ -142,7 +143,7 @@ impl Train {
             cx.summary("kept", format!("step {step}, eval loss {loss:.4}"));
         }
         cx.summary("speed", format!("{speed:.0} tok/s"));
-        cx.summary("trainable", trainable.to_string());
+        cx.summary("adapter", format!("{:.1} MB", adapter_bytes as f64 / 1e6));
         cx.summary("peak memory", format!("{:.2} GB", memory as f64 / 1e9));
         if outcome.resumed_from > 0 {
             let (from, all) = (outcome.resumed_from, outcome.steps);

@@ -27,7 +27,7 @@ pub fn cache(command: &CacheCommand) -> Result<i32, Failure> {
             for entry in &entries {
                 rows.add_row([&entry.key.short(), &entry.kind, &entry.created, &bytes(entry.size)]);
             }
-            println!("{rows}");
+            println!("{}", rows.trim_fmt());
             Ok(0)
         }
         CacheCommand::Gc { keep_runs, keep_days, dry_run } => {

@@ -69,6 +69,6 @@ pub fn print(
         };
         rows.add_row([task.id.as_str(), task.kind.as_str(), state, why.as_str()]);
     }
-    println!("{rows}\n\n{cached} of {} cached", tasks.len());
+    println!("{}\n\n{cached} of {} cached", rows.trim_fmt(), tasks.len());
     Ok(0)
 }

@@ -77,7 +77,7 @@ pub fn print_tasks(report: &RunReport) {
             result(task),
         ]);
     }
-    println!("{rows}");
+    println!("{}", rows.trim_fmt());
     let of =
         |wanted: fn(&Status) -> bool| report.tasks.iter().filter(|t| wanted(&t.status)).count();
     let mut parts = Vec::new();

@@ -25,7 +25,7 @@ pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
         };
         rows.add_row([&run.run_id, &run.name, &run.started, &duration(run.wall), outcome]);
     }
-    println!("{rows}");
+    println!("{}", rows.trim_fmt());
     Ok(0)
 }
 
@@ -48,7 +48,7 @@ pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
             ]);
         }
     }
-    println!("\n{outputs}");
+    println!("\n{}", outputs.trim_fmt());
     for task in report.tasks.iter().filter(|t| !t.report.is_empty()) {
         println!("\n── {} ──\n{}", task.id, task.report.trim_end());
     }

@@ -18,7 +18,10 @@ pub fn tasks(kind: Option<&str>, markdown: bool) -> Result<i32, Failure> {
         for kind in &kinds {
             rows.add_row([&kind.name, &kind.summary]);
         }
-        println!("{rows}\n\n`lora-flow tasks KIND` describes one; plugins add kinds of their own");
+        println!(
+            "{}\n\n`lora-flow tasks KIND` describes one; plugins add kinds of their own",
+            rows.trim_fmt()
+        );
         return Ok(0);
     };
     let Some(kind) = kinds.iter().find(|k| k.name == name) else {
