@@ -128,11 +128,13 @@ fn has_checkpoint(project: &Project) -> bool {
 fn the_number_of_threads_does_not_change_a_byte() {
     let digests: Vec<String> = ["1", "2"]
         .into_iter()
-        .map(|threads| {
+        .map(|cpu| {
             let project = Project::new();
-            let args = ["run", "pipeline.yaml", "--target", "train"];
-            let output = project.command(&args).env("RAYON_NUM_THREADS", threads).output().unwrap();
-            assert!(output.status.success());
+            let line = format!("    uses: train\n    resources: {{ cpu: {cpu} }}\n");
+            project.edit("pipeline.yaml", "    uses: train\n", &line);
+            let ran = project.expect(0, &["run", "pipeline.yaml", "--target", "train"]);
+            let threads = format!("with {cpu} threads on");
+            assert!(ran.stderr.contains(&threads), "{}", ran.stderr);
             digest(&project.latest(), "train", "adapter")
         })
         .collect();
