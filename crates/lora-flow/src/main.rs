@@ -4,6 +4,9 @@
 //! runs lives in `lora-flow-pipeline` (the engine) and `plugins/*` (the task kinds), and the two
 //! meet in [`BUILTIN`].
 
+#[macro_use]
+mod out;
+
 mod args;
 mod commands;
 mod progress;

@@ -23,7 +23,8 @@ pub fn init(global: &Global) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_target(false);
+        .with_target(false)
+        .log_internal_errors(false);
     match global.log_format {
         LogFormat::Text => builder.without_time().with_ansi(color_stderr()).init(),
         LogFormat::Json => builder.json().init(),

@@ -31,7 +31,7 @@ pub fn cache(command: &CacheCommand) -> Result<i32, Failure> {
             Ok(0)
         }
         CacheCommand::Gc { keep_runs, keep_days, dry_run } => {
-            let age = Duration::from_secs(keep_days * 24 * 3600);
+            let age = Duration::from_secs(keep_days.saturating_mul(24 * 3600));
             let freed = engine.gc(*keep_runs, age, *dry_run)?;
             let verb = if *dry_run { "would free" } else { "freed" };
             println!(

@@ -19,7 +19,7 @@ use crate::table::duration;
 use crate::ui::{self, Failure};
 
 pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
-    let device = open_device(args.device)?;
+    let device = open_device(args.device).map_err(Failure::Usage)?;
     let model = open_dir(ArtifactKind::Model, &args.model)?;
     let tokenizer = TextTokenizer::open(&model)?;
     let started = Instant::now();

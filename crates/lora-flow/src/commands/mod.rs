@@ -61,7 +61,8 @@ fn engine_here() -> Result<Engine, Failure> {
     let cache_dir = ui::global().cache_dir.as_deref();
     let here = std::env::current_dir()?;
     let root = here.ancestors().find(|dir| dir.join(".lora-flow").is_dir()).map(Path::to_owned);
-    let exists = cache_dir.is_some_and(Path::is_dir) || (cache_dir.is_none() && root.is_some());
+    let exists = cache_dir.is_some_and(|dir| dir.join("format").is_file())
+        || (cache_dir.is_none() && root.is_some());
     if !exists {
         return Err(Failure::Usage(
             Error::new("there is no artifact store here")

@@ -19,8 +19,9 @@ pub fn plan(args: &PlanArgs) -> Result<i32, Failure> {
 /// `--force` must name tasks of the pipeline.
 pub fn check_forced(plan: &Plan, force: &[String]) -> Result<(), Failure> {
     let ids = || plan.tasks.iter().map(|t| t.id.as_str());
-    let Some(unknown) = force.iter().find(|f| *f != "*" && !ids().any(|id| id == f.as_str()))
-    else {
+    // The name of a matrix task stands for all its members.
+    let named = |name: &str| ids().any(|id| id == name || id.split('[').next() == Some(name));
+    let Some(unknown) = force.iter().find(|f| *f != "*" && !named(f)) else {
         return Ok(());
     };
     let error = Error::new(format!("`--force` names the unknown task `{unknown}`"));

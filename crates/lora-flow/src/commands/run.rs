@@ -11,6 +11,8 @@ use crate::{commands, progress};
 pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     let plan = commands::load(&args.pipeline)?;
     commands::plan::check_forced(&plan, &args.choice.force)?;
+    // A device that cannot be had is better known now than after the tasks before training.
+    lora_flow_train::open_device(args.choice.device).map_err(Failure::Usage)?;
     let engine = commands::engine(&plan)?;
     if args.dry_run {
         return commands::plan::print(&engine, &plan, &args.choice, args.json);

@@ -30,7 +30,7 @@ pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
 }
 
 pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
-    let report = commands::engine_here()?.load_run(id)?;
+    let report = commands::engine_here()?.load_run(id).map_err(Failure::Usage)?;
     if json {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(0);
@@ -66,7 +66,7 @@ pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
 
 pub fn logs(id: &str, task: &str) -> Result<i32, Failure> {
     let engine = commands::engine_here()?;
-    let report = engine.load_run(id)?;
+    let report = engine.load_run(id).map_err(Failure::Usage)?;
     known_task(&report, task)?;
     let path = engine.log_path(&report.run_id, task);
     match fs_err::read_to_string(&path) {
