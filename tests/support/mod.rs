@@ -226,7 +226,7 @@ pub fn write_model(dir: &Path) {
         .iter()
         .map(|(n, s, b)| (n.as_str(), TensorView::new(Dtype::F32, s.clone(), b).unwrap()))
         .collect();
-    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+    safetensors::serialize_to_file(views, None, dir.join("model.safetensors")).unwrap();
 }
 
 pub fn model_config() -> Value {
