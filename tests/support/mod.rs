@@ -34,7 +34,7 @@ impl Project {
     pub fn new() -> Self {
         let project = Self::empty();
         write_model(&project.path("models/tiny"));
-        project.write("data/docs.jsonl", &documents(48));
+        project.write("data/docs.jsonl", documents(48));
         project.write("pipeline.yaml", PIPELINE);
         project
     }
@@ -226,7 +226,7 @@ pub fn write_model(dir: &Path) {
         .iter()
         .map(|(n, s, b)| (n.as_str(), TensorView::new(Dtype::F32, s.clone(), b).unwrap()))
         .collect();
-    safetensors::serialize_to_file(views, None, dir.join("model.safetensors")).unwrap();
+    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
 }
 
 pub fn model_config() -> Value {
