@@ -143,7 +143,11 @@ mod tests {
             min_lr_rate: Some(0.2),
             ..none()
         };
-        check(T::WarmupStableDecay, wsd, &[(0, 0.2), (5, 0.6), (10, 1.0), (90, 1.0), (95, 0.6), (110, 0.2)]);
+        check(
+            T::WarmupStableDecay,
+            wsd,
+            &[(0, 0.2), (5, 0.6), (10, 1.0), (90, 1.0), (95, 0.6), (110, 0.2)],
+        );
     }
 
     #[test]

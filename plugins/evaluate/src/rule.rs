@@ -272,9 +272,7 @@ fn marks(rule: &str) -> Option<Vec<(Mark, Range<usize>)>> {
 /// The two sides of a rule that is a single comparison.
 fn sides(rule: &str) -> Option<(&str, &str)> {
     match marks(rule)?.as_slice() {
-        [(Mark::Operator, at)] => {
-            Some((rule.get(..at.start)?.trim(), rule.get(at.end..)?.trim()))
-        }
+        [(Mark::Operator, at)] => Some((rule.get(..at.start)?.trim(), rule.get(at.end..)?.trim())),
         _ => None,
     }
 }
