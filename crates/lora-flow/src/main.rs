@@ -4,11 +4,12 @@
 //! runs lives in `lora-flow-pipeline` (the engine) and `plugins/*` (the task kinds), and the two
 //! meet in [`BUILTIN`].
 
+#[macro_use]
+mod ui;
 mod args;
 mod commands;
 mod progress;
 mod table;
-mod ui;
 
 use clap::Parser;
 use lora_flow_core::TaskKind;

@@ -62,17 +62,17 @@ pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
         let wall = started.elapsed();
         let text = tokenizer.decode(&tokens)?;
         if !args.json {
-            println!(
+            outln!(
                 "── {name} ({}, {}) ──",
                 ui::count(tokens.len(), "token"),
                 rate(tokens.len(), wall)
             );
-            println!("{}\n", text.trim_end());
+            outln!("{}\n", text.trim_end());
         }
         answers.push(json!({ "adapter": name, "text": text, "tokens": tokens.len(), "seconds": wall.as_secs_f64() }));
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&answers)?);
+        outln!("{}", serde_json::to_string_pretty(&answers)?);
     }
     Ok(0)
 }

@@ -79,7 +79,7 @@ fn display_path(path: &Path) -> String {
 
 fn check(args: &PipelineArgs) -> Result<i32, Failure> {
     let plan = load(args)?;
-    println!("{} is valid: {}", args.pipeline.display(), ui::count(plan.tasks.len(), "task"));
+    outln!("{} is valid: {}", args.pipeline.display(), ui::count(plan.tasks.len(), "task"));
     Ok(0)
 }
 
@@ -89,6 +89,6 @@ fn draw(args: &GraphArgs) -> Result<i32, Failure> {
         GraphFormat::Mermaid => lora_flow_pipeline::GraphFormat::Mermaid,
         GraphFormat::Dot => lora_flow_pipeline::GraphFormat::Dot,
     };
-    print!("{}", lora_flow_pipeline::graph(&plan, format));
+    out!("{}", lora_flow_pipeline::graph(&plan, format));
     Ok(0)
 }

@@ -51,7 +51,7 @@ pub fn print(
                 json!({ "task": task.id, "kind": task.kind, "state": state, "reasons": reasons })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&tasks)?);
+        outln!("{}", serde_json::to_string_pretty(&tasks)?);
         return Ok(0);
     }
     let mut rows = table(&["task", "kind", "state", "why"]);
@@ -69,6 +69,6 @@ pub fn print(
         };
         rows.add_row([task.id.as_str(), task.kind.as_str(), state, why.as_str()]);
     }
-    println!("{}\n\n{cached} of {} cached", rows.trim_fmt(), tasks.len());
+    outln!("{}\n\n{cached} of {} cached", rows.trim_fmt(), tasks.len());
     Ok(0)
 }

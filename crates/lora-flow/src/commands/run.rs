@@ -41,7 +41,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     };
     let report = engine.run(&plan, &options, progress::observer())?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        outln!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print_report(&report);
     }
@@ -52,7 +52,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
 pub fn print_report(report: &RunReport) {
     for task in &report.tasks {
         if matches!(task.status, Status::Denied { .. }) {
-            print!("{}: the gate says no\n{}", task.id, indent(&task.report));
+            out!("{}: the gate says no\n{}", task.id, indent(&task.report));
         }
     }
     print_tasks(report);
@@ -77,7 +77,7 @@ pub fn print_tasks(report: &RunReport) {
             result(task),
         ]);
     }
-    println!("{}", rows.trim_fmt());
+    outln!("{}", rows.trim_fmt());
     let of =
         |wanted: fn(&Status) -> bool| report.tasks.iter().filter(|t| wanted(&t.status)).count();
     let mut parts = Vec::new();
@@ -93,7 +93,7 @@ pub fn print_tasks(report: &RunReport) {
             parts.push(format!("{n} {word}"));
         }
     }
-    println!("\nrun {} · {} · {}", report.run_id, parts.join(", "), duration(report.wall));
+    outln!("\nrun {} · {} · {}", report.run_id, parts.join(", "), duration(report.wall));
 }
 
 fn state(task: &TaskOutcome) -> String {

@@ -12,7 +12,7 @@ pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
     let mut runs = engine.runs()?;
     runs.truncate(limit);
     if json {
-        println!("{}", serde_json::to_string_pretty(&runs)?);
+        outln!("{}", serde_json::to_string_pretty(&runs)?);
         return Ok(0);
     }
     let mut rows = table(&["run", "pipeline", "started", "time", "outcome"]);
@@ -25,17 +25,17 @@ pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
         };
         rows.add_row([&run.run_id, &run.name, &run.started, &duration(run.wall), outcome]);
     }
-    println!("{}", rows.trim_fmt());
+    outln!("{}", rows.trim_fmt());
     Ok(0)
 }
 
 pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
     let report = commands::engine_here()?.load_run(id)?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        outln!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(0);
     }
-    println!("pipeline {} · started {}\n", report.name, report.started);
+    outln!("pipeline {} · started {}\n", report.name, report.started);
     run::print_tasks(&report);
     let mut outputs = table(&["artifact", "kind", "size", "digest"]);
     for task in &report.tasks {
@@ -48,17 +48,17 @@ pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
             ]);
         }
     }
-    println!("\n{}", outputs.trim_fmt());
+    outln!("\n{}", outputs.trim_fmt());
     for task in report.tasks.iter().filter(|t| !t.report.is_empty()) {
-        println!("\n── {} ──\n{}", task.id, task.report.trim_end());
+        outln!("\n── {} ──\n{}", task.id, task.report.trim_end());
     }
     for task in &report.tasks {
         if let Some(error) = &task.error {
-            println!("\n── {} failed ──\n{}", task.id, error.message);
+            outln!("\n── {} failed ──\n{}", task.id, error.message);
             if let Some(hint) = &error.hint {
-                println!("hint: {hint}");
+                outln!("hint: {hint}");
             }
-            println!("log: {}", commands::display_path(&error.log));
+            outln!("log: {}", commands::display_path(&error.log));
         }
     }
     Ok(0)
@@ -70,7 +70,7 @@ pub fn logs(id: &str, task: &str) -> Result<i32, Failure> {
     known_task(&report, task)?;
     let path = engine.log_path(&report.run_id, task);
     match fs_err::read_to_string(&path) {
-        Ok(text) => print!("{text}"),
+        Ok(text) => out!("{text}"),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             eprintln!("task `{task}` did not execute in run {} and left no log", report.run_id);
         }
