@@ -96,6 +96,19 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Compare parameters and metrics of two runs
+    Diff {
+        /// Run id, a unique beginning of one, or `latest`
+        a: String,
+        /// Run to compare it with
+        b: String,
+        /// Also what is equal
+        #[arg(long)]
+        all: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Print the log of a task of a run
     Logs {
         /// Run id, a unique beginning of one, or `latest`
@@ -145,6 +158,12 @@ pub struct RunArgs {
     /// Print the run's record as JSON instead of the table
     #[arg(long)]
     pub json: bool,
+    /// For CI: no bars, a JUnit report, and a summary where `GITHUB_STEP_SUMMARY` is set
+    #[arg(long)]
+    pub ci: bool,
+    /// Where the JUnit report goes [default: `lora-flow-junit.xml` in the working folder]
+    #[arg(long, value_name = "FILE", requires = "ci")]
+    pub junit: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]

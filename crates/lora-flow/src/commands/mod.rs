@@ -1,6 +1,8 @@
 //! The commands; one file each, but for the smallest.
 
 mod cache;
+mod ci;
+mod diff;
 mod doctor;
 mod generate;
 mod plan;
@@ -25,6 +27,7 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Graph(args) => draw(&args),
         Command::Runs { limit, json } => runs::list(limit, json),
         Command::Show { run, json } => runs::show(&run, json),
+        Command::Diff { a, b, all, json } => diff::diff(&a, &b, all, json),
         Command::Logs { run, task } => runs::logs(&run, &task),
         Command::Cache { command } => cache::cache(&command),
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),
