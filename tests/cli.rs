@@ -65,3 +65,84 @@ fn a_reader_that_goes_away_is_no_error() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!((output.status.code(), stderr.as_ref()), (Some(0), ""));
 }
+
+#[test]
+fn why_and_status_say_what_a_run_would_do() {
+    let project = Project::new();
+    let fresh = project.expect(0, &["why", "pipeline.yaml", "train"]).stdout;
+    assert!(fresh.starts_with("train: will run\n  never run\n"), "{fresh}");
+    assert!(fresh.contains("key not known before its inputs are made"), "{fresh}");
+    project.expect(0, &["run", "pipeline.yaml", "--target", "train"]);
+    let set = ["--set", "learning_rate=0.004"];
+    let args = |more: &[&'static str]| [more, &set].concat();
+    let why = project.expect(0, &args(&["why", "pipeline.yaml", "train"])).stdout;
+    assert!(why.contains("  `with.learning_rate` changed: 0.005 → 0.004\n\nkey "), "{why}");
+    assert!(why.contains("  with.learning_rate: 0.004\n"), "{why}");
+    assert!(why.contains("  input   train: train_tokens"), "{why}");
+    let json = project.expect(0, &args(&["why", "pipeline.yaml", "train", "--json"])).stdout;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["pending_inputs"], 0);
+    assert_eq!(json["parts"]["key"]["params"]["learning_rate"], 0.004);
+    let status = project.expect(0, &args(&["status", "pipeline.yaml"])).stdout;
+    assert!(status.contains("cached    docs\n"), "{status}");
+    assert!(status.contains("will run  train  (`with.learning_rate` changed"), "{status}");
+    let unknown = project.expect(2, &["why", "pipeline.yaml", "trian"]).stderr;
+    assert!(unknown.contains("did you mean `train`?"), "{unknown}");
+}
+
+#[test]
+fn export_traces_every_artifact_to_files_from_outside() {
+    let project = Project::new();
+    project.expect(0, &["run", "pipeline.yaml"]);
+    let out = project.expect(0, &["export"]).stdout;
+    let out: Value = serde_json::from_str(&out).unwrap();
+    let tasks = out["tasks"].as_array().unwrap();
+    let of = |id: &str| tasks.iter().find(|t| t["task"] == id).unwrap();
+    let mut open = vec![of("merged")["made"]["model"].as_str().unwrap().to_owned()];
+    let (mut seen, mut files) = (Vec::new(), Vec::new());
+    while let Some(digest) = open.pop() {
+        let maker = out["artifacts"][&digest]["made_by"][0]["task"].as_str().unwrap();
+        if seen.iter().any(|s| s == maker) {
+            continue;
+        }
+        seen.push(maker.to_owned());
+        let used = &of(maker)["used"];
+        for input in
+            used["inputs"].as_object().unwrap().values().flat_map(|v| v.as_array().unwrap())
+        {
+            open.push(input["digest"].as_str().unwrap().to_owned());
+        }
+        for file in used["files"].as_object().unwrap().values().flat_map(|v| v.as_array().unwrap())
+        {
+            files.push(file["path"].as_str().unwrap().to_owned());
+        }
+    }
+    assert!(files.contains(&"data/docs.jsonl".to_owned()), "{files:?}");
+    assert!(files.iter().any(|f| f.starts_with("models/tiny")), "{files:?}");
+    assert!(of("merged")["published"][0].as_str().unwrap().ends_with("out/merged"));
+}
+
+#[test]
+fn a_log_is_followed_until_the_run_ends() {
+    let project = Project::new();
+    let args = ["run", "pipeline.yaml", "--target", "train", "--set", "steps=200"];
+    let mut run = project.command(&args).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let runs = project.path(".lora-flow/runs");
+    while !std::fs::read_dir(&runs).is_ok_and(|mut dir| dir.next().is_some()) {
+        assert!(run.try_wait().unwrap().is_none(), "the run ended too soon");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let followed = project.expect(0, &["logs", "-f", "latest", "train"]).stdout;
+    assert!(
+        project
+            .path(".lora-flow/runs")
+            .join(project.latest()["run_id"].as_str().unwrap())
+            .join("run.json")
+            .is_file()
+    );
+    run.wait().unwrap();
+    let whole = project.expect(0, &["logs", "latest", "train"]).stdout;
+    assert!(!whole.is_empty());
+    assert_eq!(followed, whole);
+    project.expect(2, &["logs", "-f", "latest", "trian"]);
+}

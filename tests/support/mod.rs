@@ -34,7 +34,7 @@ impl Project {
     pub fn new() -> Self {
         let project = Self::empty();
         write_model(&project.path("models/tiny"));
-        project.write("data/docs.jsonl", &documents(48));
+        project.write("data/docs.jsonl", documents(48));
         project.write("pipeline.yaml", PIPELINE);
         project
     }

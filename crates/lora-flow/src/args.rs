@@ -74,6 +74,10 @@ pub enum Command {
     Run(RunArgs),
     /// Show what would run, what is cached, and why
     Plan(PlanArgs),
+    /// Say in one line for each task whether it would run
+    Status(PlanArgs),
+    /// Say why one task would run, and what its key is made of
+    Why(WhyArgs),
     /// Report every problem of a pipeline file without doing any work
     Check(PipelineArgs),
     /// Draw the DAG
@@ -115,6 +119,15 @@ pub enum Command {
         run: String,
         /// Task
         task: String,
+        /// Go on printing while the run goes on (`latest` is then the run that started last)
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Print the lineage of a run as JSON: who made what, from which inputs
+    Export {
+        /// Run id, a unique beginning of one, or `latest`
+        #[arg(default_value = "latest")]
+        run: String,
     },
     /// Inspect and clean the artifact store
     Cache {
@@ -170,6 +183,20 @@ pub struct RunArgs {
 pub struct PlanArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct WhyArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    /// The task
+    #[arg(value_name = "TASK")]
+    pub task: String,
     #[command(flatten)]
     pub choice: ChoiceArgs,
     /// Print JSON

@@ -4,11 +4,13 @@ mod cache;
 mod ci;
 mod diff;
 mod doctor;
+mod export;
 mod generate;
 mod plan;
 mod run;
 mod runs;
 mod tasks;
+mod why;
 
 use std::path::{Path, PathBuf};
 
@@ -23,12 +25,15 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
     match args.command {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::plan(&args),
+        Command::Status(args) => why::status(&args),
+        Command::Why(args) => why::why(&args),
         Command::Check(args) => check(&args),
         Command::Graph(args) => draw(&args),
         Command::Runs { limit, json } => runs::list(limit, json),
         Command::Show { run, json } => runs::show(&run, json),
         Command::Diff { a, b, all, json } => diff::diff(&a, &b, all, json),
-        Command::Logs { run, task } => runs::logs(&run, &task),
+        Command::Logs { run, task, follow } => runs::logs(&run, &task, follow),
+        Command::Export { run } => export::export(&run),
         Command::Cache { command } => cache::cache(&command),
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),
         Command::Schema => tasks::schema(),
