@@ -144,6 +144,13 @@ pub enum Command {
     },
     /// Print the JSON Schema of the pipeline file, for editors
     Schema,
+    /// Make a pipeline to start from, with rows to run it on
+    Init(InitArgs),
+    /// Make and check plugins
+    Plugin {
+        #[command(subcommand)]
+        command: PluginCommand,
+    },
     /// Try a model with and without adapters
     Generate(GenerateArgs),
     /// Say what this program finds on this machine
@@ -243,6 +250,51 @@ pub enum CacheCommand {
     },
     /// Rehash everything; corrupt entries are set aside and recomputed by the next run
     Verify,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct InitArgs {
+    /// Folder to make it in
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// A Hugging Face folder or a GGUF file: the pipeline then trains, measures and merges too
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PluginCommand {
+    /// Make a plugin that works, to be changed into the wanted one
+    New(PluginNewArgs),
+    /// Report every problem of a plugin's manifest, and build it if it has a build step
+    Check {
+        /// The plugin's folder
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct PluginNewArgs {
+    /// Name of the plugin, and of its first task kind
+    pub name: String,
+    /// Language of its program
+    #[arg(long)]
+    pub lang: Language,
+    /// Folder to make the plugin's folder in
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// For Rust: the folder of `lora-flow-plugin-sdk` [default: lora-flow's repository]
+    #[arg(long, value_name = "DIR")]
+    pub sdk: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Language {
+    /// With the helper module in one file; needs `python3` alone
+    Python,
+    /// On the SDK crate
+    Rust,
 }
 
 #[derive(Debug, ClapArgs)]

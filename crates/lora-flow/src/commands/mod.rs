@@ -7,8 +7,10 @@ mod doctor;
 mod export;
 mod generate;
 mod plan;
+mod plugin;
 mod run;
 mod runs;
+mod scaffold;
 mod tasks;
 mod why;
 
@@ -17,7 +19,7 @@ use std::path::{Path, PathBuf};
 use lora_flow_core::Error;
 use lora_flow_pipeline::{CompileOptions, Engine, Plan, compile};
 
-use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs};
+use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs, PluginCommand};
 use crate::ui::{self, Failure};
 
 /// Runs the command and gives the exit code.
@@ -37,6 +39,9 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Cache { command } => cache::cache(&command),
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),
         Command::Schema => tasks::schema(),
+        Command::Init(args) => scaffold::init(&args),
+        Command::Plugin { command: PluginCommand::New(args) } => scaffold::plugin_new(&args),
+        Command::Plugin { command: PluginCommand::Check { dir } } => plugin::check(&dir),
         Command::Generate(args) => generate::generate(&args),
         Command::Doctor => doctor::doctor(),
     }
