@@ -121,6 +121,39 @@ impl Engine {
         Ok(statuses)
     }
 
+    /// The parts of a task's key, as far as its inputs are in the store. Runs nothing.
+    ///
+    /// # Errors
+    /// When an outside file or the store cannot be read.
+    ///
+    /// # Panics
+    /// When the plan has no task of that index.
+    pub fn key_parts(
+        &self,
+        plan: &Plan,
+        index: usize,
+        force: &[String],
+        device: DeviceSpec,
+    ) -> Result<Explained> {
+        let _lock = self.store.lock_shared(&CancelToken::default())?;
+        let session = Session::new(&self.store, plan, force, device);
+        let mut foresight = Foresight::default();
+        for task in &plan.tasks[..index] {
+            let (outlook, _) = session.foresee(task, &foresight)?;
+            foresight.push(outlook);
+        }
+        session.partly(&plan.tasks[index], &foresight)
+    }
+
+    /// Ids of all runs, newest first: also of those that go on, or were killed, and so have no
+    /// record.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn run_ids(&self) -> Result<Vec<String>> {
+        record::run_ids(&self.store)
+    }
+
     /// Runs a plan. A task's failure is part of the report, not an error.
     ///
     /// # Errors

@@ -74,6 +74,10 @@ pub enum Command {
     Run(RunArgs),
     /// Show what would run, what is cached, and why
     Plan(PlanArgs),
+    /// Say in one line for each task whether it would run
+    Status(PlanArgs),
+    /// Say why one task would run, and what its key is made of
+    Why(WhyArgs),
     /// Report every problem of a pipeline file without doing any work
     Check(PipelineArgs),
     /// Draw the DAG
@@ -96,12 +100,34 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Compare parameters and metrics of two runs
+    Diff {
+        /// Run id, a unique beginning of one, or `latest`
+        a: String,
+        /// Run to compare it with
+        b: String,
+        /// Also what is equal
+        #[arg(long)]
+        all: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Print the log of a task of a run
     Logs {
         /// Run id, a unique beginning of one, or `latest`
         run: String,
         /// Task
         task: String,
+        /// Go on printing while the run goes on (`latest` is then the run that started last)
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Print the lineage of a run as JSON: who made what, from which inputs
+    Export {
+        /// Run id, a unique beginning of one, or `latest`
+        #[arg(default_value = "latest")]
+        run: String,
     },
     /// Inspect and clean the artifact store
     Cache {
@@ -118,6 +144,13 @@ pub enum Command {
     },
     /// Print the JSON Schema of the pipeline file, for editors
     Schema,
+    /// Make a pipeline to start from, with rows to run it on
+    Init(InitArgs),
+    /// Make and check plugins
+    Plugin {
+        #[command(subcommand)]
+        command: PluginCommand,
+    },
     /// Try a model with and without adapters
     Generate(GenerateArgs),
     /// Say what this program finds on this machine
@@ -145,12 +178,32 @@ pub struct RunArgs {
     /// Print the run's record as JSON instead of the table
     #[arg(long)]
     pub json: bool,
+    /// For CI: no bars, a JUnit report, and a summary where `GITHUB_STEP_SUMMARY` is set
+    #[arg(long)]
+    pub ci: bool,
+    /// Where the JUnit report goes [default: `lora-flow-junit.xml` in the working folder]
+    #[arg(long, value_name = "FILE", requires = "ci")]
+    pub junit: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]
 pub struct PlanArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct WhyArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    /// The task
+    #[arg(value_name = "TASK")]
+    pub task: String,
     #[command(flatten)]
     pub choice: ChoiceArgs,
     /// Print JSON
@@ -197,6 +250,51 @@ pub enum CacheCommand {
     },
     /// Rehash everything; corrupt entries are set aside and recomputed by the next run
     Verify,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct InitArgs {
+    /// Folder to make it in
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// A Hugging Face folder or a GGUF file: the pipeline then trains, measures and merges too
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PluginCommand {
+    /// Make a plugin that works, to be changed into the wanted one
+    New(PluginNewArgs),
+    /// Report every problem of a plugin's manifest, and build it if it has a build step
+    Check {
+        /// The plugin's folder
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct PluginNewArgs {
+    /// Name of the plugin, and of its first task kind
+    pub name: String,
+    /// Language of its program
+    #[arg(long)]
+    pub lang: Language,
+    /// Folder to make the plugin's folder in
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// For Rust: the folder of `lora-flow-plugin-sdk` [default: lora-flow's repository]
+    #[arg(long, value_name = "DIR")]
+    pub sdk: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Language {
+    /// With the helper module in one file; needs `python3` alone
+    Python,
+    /// On the SDK crate
+    Rust,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -5,6 +5,14 @@
 
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write as _};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static STDOUT_CLOSED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the reader of stdout has gone: what only writes may end.
+pub fn stdout_closed() -> bool {
+    STDOUT_CLOSED.load(Ordering::Relaxed)
+}
 
 /// Writes results. Whoever stopped reading has read enough; a disk that is full is a failure.
 pub fn stdout(text: Arguments<'_>) {
@@ -14,7 +22,8 @@ pub fn stdout(text: Arguments<'_>) {
             stderr(format_args!("error: cannot write to standard output: {e}\n"));
             std::process::exit(1);
         }
-        _ => {}
+        Err(_) => STDOUT_CLOSED.store(true, Ordering::Relaxed),
+        Ok(()) => {}
     }
 }
 

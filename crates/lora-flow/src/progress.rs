@@ -16,12 +16,12 @@ use crate::ui;
 /// Plain output repeats a task's progress at most this often.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The observer for the output format the user chose.
-pub fn observer() -> Arc<dyn Observer> {
+/// The observer for the output format the user chose. `plain` has no bars even on a terminal.
+pub fn observer(plain: bool) -> Arc<dyn Observer> {
     let global = ui::global();
     match global.log_format {
         LogFormat::Json => Arc::new(Json),
-        LogFormat::Text => Arc::new(Text::new(global.quiet, global.verbose)),
+        LogFormat::Text => Arc::new(Text::new(global.quiet, global.verbose, plain)),
     }
 }
 
@@ -67,8 +67,8 @@ struct Running {
 }
 
 impl Text {
-    fn new(quiet: bool, verbose: bool) -> Self {
-        let is_terminal = console::Term::stderr().is_term() && !quiet;
+    fn new(quiet: bool, verbose: bool, plain: bool) -> Self {
+        let is_terminal = console::Term::stderr().is_term() && !quiet && !plain;
         let target =
             if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         Self {

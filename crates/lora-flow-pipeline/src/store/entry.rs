@@ -202,6 +202,11 @@ impl Store {
         Entry::parse(&std::fs::read(self.entry_path(key)).ok()?, key).ok()
     }
 
+    /// The entry under a key, to read only; its blobs may be gone, and nothing is set aside.
+    pub fn entry(&self, key: &Digest) -> Option<Entry> {
+        self.peek(key)
+    }
+
     /// Makes a result part of the store: its files become blobs, then its entry appears.
     pub(crate) fn commit(&self, entry: &Entry, staged: &[Staged]) -> Result<()> {
         let tmp = self.tmp_path()?;

@@ -1,19 +1,25 @@
 //! The commands; one file each, but for the smallest.
 
 mod cache;
+mod ci;
+mod diff;
 mod doctor;
+mod export;
 mod generate;
 mod plan;
+mod plugin;
 mod run;
 mod runs;
+mod scaffold;
 mod tasks;
+mod why;
 
 use std::path::{Path, PathBuf};
 
 use lora_flow_core::Error;
 use lora_flow_pipeline::{CompileOptions, Engine, Plan, compile};
 
-use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs};
+use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs, PluginCommand};
 use crate::ui::{self, Failure};
 
 /// Runs the command and gives the exit code.
@@ -21,14 +27,21 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
     match args.command {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::plan(&args),
+        Command::Status(args) => why::status(&args),
+        Command::Why(args) => why::why(&args),
         Command::Check(args) => check(&args),
         Command::Graph(args) => draw(&args),
         Command::Runs { limit, json } => runs::list(limit, json),
         Command::Show { run, json } => runs::show(&run, json),
-        Command::Logs { run, task } => runs::logs(&run, &task),
+        Command::Diff { a, b, all, json } => diff::diff(&a, &b, all, json),
+        Command::Logs { run, task, follow } => runs::logs(&run, &task, follow),
+        Command::Export { run } => export::export(&run),
         Command::Cache { command } => cache::cache(&command),
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),
         Command::Schema => tasks::schema(),
+        Command::Init(args) => scaffold::init(&args),
+        Command::Plugin { command: PluginCommand::New(args) } => scaffold::plugin_new(&args),
+        Command::Plugin { command: PluginCommand::Check { dir } } => plugin::check(&dir),
         Command::Generate(args) => generate::generate(&args),
         Command::Doctor => doctor::doctor(),
     }

@@ -1,9 +1,12 @@
 //! `lora-flow run`: everything up to the final table.
 
+use std::path::Path;
+
 use lora_flow_core::CancelToken;
 use lora_flow_pipeline::{RunOptions, RunReport, Status, TaskOutcome};
 
 use crate::args::RunArgs;
+use crate::commands::ci;
 use crate::table::{duration, table};
 use crate::ui::{self, Failure};
 use crate::{commands, progress};
@@ -41,11 +44,15 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         cancel,
         command_line: std::env::args().collect(),
     };
-    let report = engine.run(&plan, &options, progress::observer())?;
+    let report = engine.run(&plan, &options, progress::observer(args.ci))?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print_report(&report);
+    }
+    if args.ci {
+        let junit = args.junit.as_deref().unwrap_or(Path::new(ci::JUNIT));
+        ci::write(&report, junit)?;
     }
     Ok(report.exit_code())
 }
@@ -98,7 +105,8 @@ pub fn print_tasks(report: &RunReport) {
     println!("\nrun {} · {} · {}", report.run_id, parts.join(", "), duration(report.wall));
 }
 
-fn state(task: &TaskOutcome) -> String {
+/// How a task ended, in a word.
+pub fn state(task: &TaskOutcome) -> String {
     match &task.status {
         Status::Ran => "ran".to_owned(),
         Status::Cached => "cached".to_owned(),
@@ -111,7 +119,7 @@ fn state(task: &TaskOutcome) -> String {
 }
 
 /// A task's headlines; for a skipped one, why.
-fn result(task: &TaskOutcome) -> String {
+pub fn result(task: &TaskOutcome) -> String {
     if let Status::Skipped(why) = &task.status {
         return why.clone();
     }

@@ -1,11 +1,18 @@
 //! `lora-flow runs`, `show` and `logs`: what past runs left.
 
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::time::Duration;
+
 use lora_flow_core::{Error, nearest};
-use lora_flow_pipeline::RunReport;
+use lora_flow_pipeline::{Engine, RunReport};
 
 use crate::commands::{self, run};
 use crate::table::{bytes, duration, table};
 use crate::ui::Failure;
+
+/// How often `logs --follow` looks.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
 
 pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
     let engine = commands::engine_here()?;
@@ -64,8 +71,11 @@ pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
     Ok(0)
 }
 
-pub fn logs(id: &str, task: &str) -> Result<i32, Failure> {
+pub fn logs(id: &str, task: &str, follow: bool) -> Result<i32, Failure> {
     let engine = commands::engine_here()?;
+    if follow {
+        return follow_log(&engine, id, task);
+    }
     let report = engine.load_run(id).map_err(Failure::Usage)?;
     known_task(&report, task)?;
     let path = engine.log_path(&report.run_id, task);
@@ -77,6 +87,47 @@ pub fn logs(id: &str, task: &str) -> Result<i32, Failure> {
         Err(e) => return Err(e.into()),
     }
     Ok(0)
+}
+
+/// Prints what a log has and gets, until the run has a record.
+fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
+    let ids = engine.run_ids()?;
+    let of = |i: &&String| id == "latest" || i.starts_with(id);
+    let run = match ids.iter().filter(of).collect::<Vec<_>>()[..] {
+        [one] => one.clone(),
+        [newest, ..] if id == "latest" => newest.clone(),
+        // The one place that says what is wrong with an id.
+        _ => engine.load_run(id)?.run_id,
+    };
+    let path = engine.log_path(&run, task);
+    let mut printed = 0;
+    loop {
+        // The record is looked for first: what the log gets before it is then printed below.
+        let ended = engine.load_run(&run).ok();
+        if let Some(report) = &ended {
+            known_task(report, task)?;
+        }
+        match File::open(&path) {
+            Ok(mut file) => {
+                let mut new = Vec::new();
+                file.seek(SeekFrom::Start(printed))?;
+                file.read_to_end(&mut new)?;
+                // Whole lines only, so that no character is cut; the last one when all is over.
+                let whole = match ended {
+                    Some(_) => new.len(),
+                    None => new.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1),
+                };
+                print!("{}", String::from_utf8_lossy(&new[..whole]));
+                printed += whole as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e.into()),
+        }
+        if ended.is_some() || crate::out::stdout_closed() {
+            return Ok(0);
+        }
+        std::thread::sleep(FOLLOW_INTERVAL);
+    }
 }
 
 fn known_task(report: &RunReport, task: &str) -> Result<(), Failure> {

@@ -1,0 +1,205 @@
+//! `lora-flow diff`: parameters and metrics of two runs side by side.
+
+use std::collections::BTreeMap;
+
+use lora_flow_core::ArtifactKind;
+use lora_flow_pipeline::{Engine, RunRecord};
+use serde_json::{Value, json};
+
+use crate::commands;
+use crate::table::table;
+use crate::ui::Failure;
+
+/// What one run has to compare, by name. `BTreeMap` gives all sections one order.
+#[derive(Default)]
+struct Side {
+    parameters: BTreeMap<String, Value>,
+    metrics: BTreeMap<String, Value>,
+    summaries: BTreeMap<String, Value>,
+    /// Tasks whose parameters and metrics are not known any longer, or never were.
+    unknown: Vec<String>,
+}
+
+/// One line of the comparison.
+struct Row {
+    name: String,
+    a: Option<Value>,
+    b: Option<Value>,
+}
+
+pub fn diff(a: &str, b: &str, all: bool, as_json: bool) -> Result<i32, Failure> {
+    let engine = commands::engine_here()?;
+    let (a, b) = (engine.load_record(a)?, engine.load_record(b)?);
+    let (left, right) = (Side::read(&engine, &a), Side::read(&engine, &b));
+    let sections = [
+        ("parameters", rows(&left.parameters, &right.parameters, all)),
+        ("metrics", rows(&left.metrics, &right.metrics, all)),
+        ("summaries", rows(&left.summaries, &right.summaries, all)),
+    ];
+    for (run, side) in [(&a, &left), (&b, &right)] {
+        if !side.unknown.is_empty() {
+            eprintln!(
+                "run {}: the store has no result of {}; their parameters and metrics are not compared",
+                run.report.run_id,
+                side.unknown.join(", ")
+            );
+        }
+    }
+    let (id_a, id_b) = (&a.report.run_id, &b.report.run_id);
+    if as_json {
+        let mut out = json!({ "a": id_a, "b": id_b });
+        for (title, rows) in &sections {
+            out[title] = rows.iter().map(Row::json).collect();
+        }
+        println!("{}", serde_json::to_string_pretty(&out)?);
+        return Ok(0);
+    }
+    if sections.iter().all(|(_, rows)| rows.is_empty()) {
+        println!("no differences between {id_a} and {id_b}");
+        return Ok(0);
+    }
+    for (i, (title, rows)) in sections.iter().filter(|(_, rows)| !rows.is_empty()).enumerate() {
+        if i > 0 {
+            println!();
+        }
+        let mut shown = table(&[title, id_a, id_b, "change"]);
+        for row in rows {
+            shown.add_row([row.name.clone(), text(&row.a), text(&row.b), row.change()]);
+        }
+        println!("{}", shown.trim_fmt());
+    }
+    Ok(0)
+}
+
+impl Side {
+    fn read(engine: &Engine, record: &RunRecord) -> Self {
+        let mut side = Self::default();
+        flatten("params", &record.params, &mut side.parameters);
+        for task in &record.report.tasks {
+            for (name, value) in &task.summary {
+                side.summaries.insert(format!("{}.{name}", task.id), value.clone().into());
+            }
+            let Some(entry) = task.key.and_then(|key| engine.store().entry(&key)) else {
+                side.unknown.push(format!("`{}`", task.id));
+                continue;
+            };
+            let with = format!("{}.with", task.id);
+            flatten(&with, &entry.explained.key.params, &mut side.parameters);
+            for (output, artifact) in &entry.outputs {
+                if artifact.manifest.kind != ArtifactKind::Metrics {
+                    continue;
+                }
+                // The usual name of the one output would only be noise.
+                let prefix = match output.as_str() {
+                    "metrics" => task.id.clone(),
+                    other => format!("{}.{other}", task.id),
+                };
+                let files = artifact.manifest.files.iter();
+                let blob = files.filter(|f| f.name == "metrics.json").map(|f| f.digest).next();
+                let Some(numbers) = blob.and_then(|digest| {
+                    let bytes = std::fs::read(engine.store().blob_path(&digest)).ok()?;
+                    serde_json::from_slice::<serde_json::Map<String, Value>>(&bytes).ok()
+                }) else {
+                    side.unknown.push(format!("`{}.{output}`", task.id));
+                    continue;
+                };
+                let numbers = numbers.into_iter().filter(|(_, v)| v.is_number() || v.is_null());
+                side.metrics.extend(numbers.map(|(name, v)| (format!("{prefix}.{name}"), v)));
+            }
+        }
+        side
+    }
+}
+
+/// Puts the leaves of a tree under dotted names. Lists stay whole: their elements have no names.
+pub fn flatten(prefix: &str, value: &Value, out: &mut BTreeMap<String, Value>) {
+    match value {
+        Value::Object(map) if !map.is_empty() => {
+            map.iter().for_each(|(key, value)| flatten(&format!("{prefix}.{key}"), value, out));
+        }
+        Value::Object(_) | Value::Null => {}
+        leaf => {
+            out.insert(prefix.to_owned(), leaf.clone());
+        }
+    }
+}
+
+fn rows(a: &BTreeMap<String, Value>, b: &BTreeMap<String, Value>, all: bool) -> Vec<Row> {
+    let only_b = b.keys().filter(|name| !a.contains_key(*name));
+    let mut names: Vec<&String> = a.keys().chain(only_b).collect();
+    names.sort();
+    let row = |name: &String| Row {
+        name: name.clone(),
+        a: a.get(name).cloned(),
+        b: b.get(name).cloned(),
+    };
+    names.into_iter().map(row).filter(|row| all || row.a != row.b).collect()
+}
+
+impl Row {
+    /// Change from `a` to `b` in per cent of `a`, where both are numbers and `a` is not zero.
+    fn percent(&self) -> Option<f64> {
+        let (a, b) = (number(self.a.as_ref()?)?, number(self.b.as_ref()?)?);
+        (a != 0.0).then(|| (b - a) / a.abs() * 100.0)
+    }
+
+    fn change(&self) -> String {
+        match (&self.a, &self.b) {
+            (None, _) => "added".to_owned(),
+            (_, None) => "removed".to_owned(),
+            (a, b) if a == b => String::new(),
+            _ => self.percent().map_or_else(String::new, |p| format!("{p:+.2} %")),
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({ "name": self.name, "a": self.a, "b": self.b, "change_percent": self.percent() })
+    }
+}
+
+/// A number, also one that a task wrote as text.
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::String(text) => text.trim().parse().ok().filter(|n: &f64| n.is_finite()),
+        value => value.as_f64(),
+    }
+}
+
+fn text(value: &Option<Value>) -> String {
+    match value {
+        None => "–".to_owned(),
+        Some(Value::String(text)) => text.clone(),
+        Some(value) => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leaves_get_dotted_names_and_changes_are_in_per_cent_of_the_first() {
+        let flat = |value: Value| {
+            let mut out = BTreeMap::new();
+            flatten("t.with", &value, &mut out);
+            out
+        };
+        let a = flat(json!({ "lr": 0.002, "split": { "train": 0.9 }, "files": ["x"], "same": 1 }));
+        let b = flat(
+            json!({ "lr": 0.001, "split": { "train": 0.9 }, "files": ["y"], "same": 1, "new": true }),
+        );
+        let rows_of = |all| rows(&a, &b, all);
+        let shown: Vec<(String, String)> =
+            rows_of(false).iter().map(|row| (row.name.clone(), row.change())).collect();
+        let row = |name: &str, change: &str| (name.to_owned(), change.to_owned());
+        assert_eq!(
+            shown,
+            [row("t.with.files", ""), row("t.with.lr", "-50.00 %"), row("t.with.new", "added")]
+        );
+        assert_eq!(rows_of(true).len(), 5);
+        let from_zero = Row { name: String::new(), a: Some(json!(0)), b: Some(json!(1)) };
+        assert_eq!(from_zero.percent(), None);
+        let negative = Row { name: String::new(), a: Some(json!("-2")), b: Some(json!("-1.0")) };
+        assert_eq!(negative.percent(), Some(50.0));
+    }
+}
