@@ -37,7 +37,7 @@ pub use compile::{compile, compile_source};
 pub use graph::{GraphFormat, graph};
 pub use kinds::{KindInfo, builtin_kinds, plugin_kinds};
 pub use plan::{CompileOptions, InputEdge, Plan, PlannedTask, ResolvedFiles, Resources};
-pub use plugin_manifest::{MANIFEST, PROTOCOL, PluginKind, PluginManifest};
+pub use plugin_manifest::{MANIFEST, PROTOCOL, PluginKind, PluginManifest, ReadPath};
 pub use reference::{kind_reference, reference_page};
 pub use schema::pipeline_schema;
 pub use source::{Diagnostic, Diagnostics, SourceFile, Span};
