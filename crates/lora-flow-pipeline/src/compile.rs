@@ -20,7 +20,7 @@ use crate::reader::suggest;
 use crate::source::{Diagnostic, Diagnostics, Problems, SourceFile, Span};
 use crate::spec::{self, Spec};
 use crate::wiring::{Net, Wires};
-use crate::{files, params, yaml};
+use crate::{files, include, params};
 
 /// Reads, checks and resolves a pipeline file.
 ///
@@ -39,8 +39,12 @@ pub fn compile_source(
     source: Arc<SourceFile>,
     options: &CompileOptions,
 ) -> Result<Plan, Diagnostics> {
-    let tree = yaml::parse(&source).map_err(Diagnostics)?;
-    let mut problems = Problems::new(&source);
+    let (tree, sources) = include::read(&source).map_err(|problems| {
+        let mut problems = Diagnostics(problems);
+        problems.sort(&source.path);
+        problems
+    })?;
+    let mut problems = Problems::over(&sources);
     let spec = spec::read(&tree, &mut problems);
     let root = root(&source, &spec, &mut problems);
 
@@ -73,20 +77,23 @@ pub fn compile_source(
     let resolved = resolve_files(&members, &wanted, &root, &mut problems);
     let published = publish::resolve(&members, &root, &mut problems);
 
+    problems.found.iter_mut().for_each(|p| sources.localise(p));
     if !problems.found.is_empty() || !elsewhere.is_empty() {
         let mut all = Diagnostics(problems.found);
         all.0.extend(elsewhere);
         all.sort(&source.path);
         return Err(all);
     }
+    let mut warnings = unused_params(&spec, &used_params.into_inner(), &sources.whole);
+    warnings.iter_mut().for_each(|w| sources.localise(w));
     let plan = Plan {
         name: spec.name.clone().unwrap_or_else(|| stem(&source.path)),
         description: spec.description.clone(),
         root,
-        warnings: unused_params(&spec, &used_params.into_inner(), &source),
+        warnings,
         tasks: assemble(&members, wires, &wanted, resolved, published, &env),
         params: Value::Object(parameters),
-        source: source.clone(),
+        source: sources.whole,
     };
     Ok(plan)
 }

@@ -30,7 +30,7 @@ pub struct Plan {
     pub name: String,
     /// What it is for, from the file.
     pub description: String,
-    /// The pipeline file.
+    /// The pipeline file, and behind its text that of the files it includes.
     pub source: Arc<SourceFile>,
     /// Folder that relative paths are taken from, absolute.
     pub root: PathBuf,
@@ -76,7 +76,7 @@ pub struct PlannedTask {
     pub timeout: Option<Duration>,
     /// How often to try again after a failure.
     pub retries: u32,
-    /// Place of its name in the pipeline file.
+    /// Place of its name in the text of [`Plan::source`].
     pub span: Span,
     /// Places of its parameters by JSON pointer.
     pub param_spans: BTreeMap<String, Span>,
