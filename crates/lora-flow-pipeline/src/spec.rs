@@ -195,7 +195,7 @@ fn params(node: &Node, problems: &mut Problems) -> Vec<(Key, Node)> {
     entries.to_vec()
 }
 
-fn no_expressions(node: &Node, problems: &mut Problems) {
+pub(crate) fn no_expressions(node: &Node, problems: &mut Problems) {
     match &node.value {
         NodeValue::String(s) if s.contains("${{") => problems.report(
             node.span,
