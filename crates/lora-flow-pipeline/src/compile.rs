@@ -20,7 +20,7 @@ use crate::reader::suggest;
 use crate::source::{Diagnostic, Diagnostics, Problems, SourceFile, Span};
 use crate::spec::{self, Spec};
 use crate::wiring::{Net, Wires};
-use crate::{files, params, yaml};
+use crate::{files, include, params};
 
 /// Reads, checks and resolves a pipeline file.
 ///
@@ -39,14 +39,21 @@ pub fn compile_source(
     source: Arc<SourceFile>,
     options: &CompileOptions,
 ) -> Result<Plan, Diagnostics> {
-    let tree = yaml::parse(&source).map_err(Diagnostics)?;
-    let mut problems = Problems::new(&source);
+    let (tree, sources) = include::read(&source).map_err(|problems| {
+        let mut problems = Diagnostics(problems);
+        problems.sort(&source.path);
+        problems
+    })?;
+    let mut problems = Problems::over(&sources);
     let spec = spec::read(&tree, &mut problems);
     let root = root(&source, &spec, &mut problems);
 
     let mut elsewhere = Vec::new();
     let mut parameters: Map<String, Value> =
         spec.params.iter().map(|(k, v)| (k.name.clone(), v.to_json())).collect();
+    if let Some(path) = &options.params_file {
+        overrides::apply_file(&mut parameters, path, &mut elsewhere);
+    }
     overrides::apply(&mut parameters, &options.set, &mut elsewhere);
     let kinds = load_kinds(&root, &spec, options, &mut problems, &mut elsewhere);
 
@@ -69,24 +76,28 @@ pub fn compile_source(
     let wires: Vec<Wires> = (0..members.len()).map(|i| net.wire(i, &mut problems)).collect();
     order::report_cycles(&members, &wires, &mut problems);
 
-    let wanted = select(&members, &wires, &options.targets, &mut elsewhere);
+    let wanted = select(&members, &wires, options, &mut elsewhere);
+    let forced = forced(&members, &wires, &wanted, &options.from, &mut elsewhere);
     let resolved = resolve_files(&members, &wanted, &root, &mut problems);
     let published = publish::resolve(&members, &root, &mut problems);
 
+    problems.found.iter_mut().for_each(|p| sources.localise(p));
     if !problems.found.is_empty() || !elsewhere.is_empty() {
         let mut all = Diagnostics(problems.found);
         all.0.extend(elsewhere);
         all.sort(&source.path);
         return Err(all);
     }
+    let mut warnings = unused_params(&spec, &used_params.into_inner(), &sources.whole);
+    warnings.iter_mut().for_each(|w| sources.localise(w));
     let plan = Plan {
         name: spec.name.clone().unwrap_or_else(|| stem(&source.path)),
         description: spec.description.clone(),
         root,
-        warnings: unused_params(&spec, &used_params.into_inner(), &source),
-        tasks: assemble(&members, wires, &wanted, resolved, published, &env),
+        warnings,
+        tasks: assemble(&members, wires, &wanted, &forced, resolved, published, &env),
         params: Value::Object(parameters),
-        source: source.clone(),
+        source: sources.whole,
     };
     Ok(plan)
 }
@@ -211,28 +222,16 @@ fn make_members<'a>(
 fn select(
     members: &[Member],
     wires: &[Wires],
-    targets: &[String],
+    options: &CompileOptions,
     elsewhere: &mut Vec<Diagnostic>,
 ) -> Vec<bool> {
-    if targets.is_empty() {
+    if options.targets.is_empty() && options.until.is_empty() {
         return vec![true; members.len()];
     }
     let mut wanted = vec![false; members.len()];
     let mut open = Vec::new();
-    for target in targets {
-        let named = |m: &Member| m.id == *target || m.spec.name.name == *target;
-        let found: Vec<usize> = (0..members.len()).filter(|i| named(&members[*i])).collect();
-        if found.is_empty() {
-            let source = SourceFile::new("--target", target.as_str());
-            let mut known: Vec<&str> =
-                members.iter().flat_map(|m| [m.spec.name.name.as_str(), m.id.as_str()]).collect();
-            known.dedup();
-            let hint = suggest(target, known, "the tasks are");
-            let message = format!("there is no task `{target}`");
-            let problem = Diagnostic::new(&source, Span::new(0, target.len()), message);
-            elsewhere.push(problem.with_hint_opt(hint));
-        }
-        open.extend(found);
+    for (option, names) in [("--target", &options.targets), ("--until", &options.until)] {
+        open.extend(names.iter().flat_map(|name| named(members, option, name, elsewhere)));
     }
     while let Some(i) = open.pop() {
         if !std::mem::replace(&mut wanted[i], true) {
@@ -240,6 +239,64 @@ fn select(
         }
     }
     wanted
+}
+
+/// Which wanted members are to run again: those named and all that wait for them.
+fn forced(
+    members: &[Member],
+    wires: &[Wires],
+    wanted: &[bool],
+    from: &[String],
+    elsewhere: &mut Vec<Diagnostic>,
+) -> Vec<bool> {
+    let mut forced = vec![false; members.len()];
+    if from.is_empty() {
+        return forced;
+    }
+    let mut consumers = vec![Vec::new(); members.len()];
+    for (consumer, wires) in wires.iter().enumerate() {
+        wires.waits.iter().for_each(|(producer, _)| consumers[*producer].push(consumer));
+    }
+    let mut open = Vec::new();
+    for name in from {
+        let found = named(members, "--from", name, elsewhere);
+        if !found.is_empty() && !found.iter().any(|i| wanted[*i]) {
+            let message = format!("`{name}` is not among the tasks that are wanted");
+            let source = SourceFile::new("--from", name.as_str());
+            let problem = Diagnostic::new(&source, Span::new(0, name.len()), message);
+            let hint = "what `--target` and `--until` name does not need it";
+            elsewhere.push(problem.with_hint(hint));
+        }
+        open.extend(found);
+    }
+    while let Some(i) = open.pop() {
+        if wanted[i] && !std::mem::replace(&mut forced[i], true) {
+            open.extend(&consumers[i]);
+        }
+    }
+    forced
+}
+
+/// The members that an option means: one, or all of a matrix.
+fn named(
+    members: &[Member],
+    option: &str,
+    name: &str,
+    elsewhere: &mut Vec<Diagnostic>,
+) -> Vec<usize> {
+    let means = |m: &Member| m.id == name || m.spec.name.name == name;
+    let found: Vec<usize> = (0..members.len()).filter(|i| means(&members[*i])).collect();
+    if found.is_empty() {
+        let source = SourceFile::new(option, name);
+        let mut known: Vec<&str> =
+            members.iter().flat_map(|m| [m.spec.name.name.as_str(), m.id.as_str()]).collect();
+        known.dedup();
+        let hint = suggest(name, known, "the tasks are");
+        let message = format!("there is no task `{name}`");
+        let problem = Diagnostic::new(&source, Span::new(0, name.len()), message);
+        elsewhere.push(problem.with_hint_opt(hint));
+    }
+    found
 }
 
 /// The outside files of all wanted members.
@@ -290,6 +347,7 @@ fn assemble(
     members: &[Member],
     wires: Vec<Wires>,
     wanted: &[bool],
+    forced: &[bool],
     resolved: Vec<Vec<ResolvedFiles>>,
     published: Vec<Vec<(String, PathBuf)>>,
     env: &BTreeMap<String, String>,
@@ -339,6 +397,7 @@ fn assemble(
             resources: member.resources,
             timeout: member.timeout,
             retries: member.retries,
+            forced: forced[i],
             span: member.spec.name.span,
             param_spans: params::spans(&member.places),
         });

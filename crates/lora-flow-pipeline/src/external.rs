@@ -8,11 +8,13 @@
 mod build;
 mod event;
 mod process;
+mod sandbox;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use lora_flow_core::{
@@ -23,7 +25,8 @@ use serde_json::{Map, Value, json};
 use crate::plugin_manifest::{PROTOCOL, PluginKind, PluginManifest};
 use crate::store::{Store, hash_file};
 use event::PluginEvent;
-use process::{Heard, Program, Scope};
+use process::{Heard, Program};
+use sandbox::Scope;
 
 /// A configured task of a plugin.
 #[derive(Debug)]
@@ -84,19 +87,12 @@ impl ExternalTask {
         fs_err::create_dir_all(&work_dir)?;
         let inputs = link_inputs(cx, &inputs_dir)?;
         let request = self.request(cx, inputs, network);
-        let mut writable = vec![cx.scratch().to_owned(), cx.state_dir().to_owned()];
-        writable.extend(cx.outputs().values().map(|o| o.path.clone()));
-        let scope = Scope {
-            readable: [Some(self.manifest.dir.as_path()), products]
-                .into_iter()
-                .flatten()
-                .map(Path::to_owned)
-                .collect(),
-            writable,
-            network,
-        };
-        let command = process::command(&self.manifest, products, &work_dir, cx.scratch())?;
-        let program = Program { plugin: &self.manifest.name, scope };
+        let mut command = process::command(&self.manifest, products, &work_dir, cx.scratch())?;
+        let scope = self.scope(cx, products, network);
+        if let Some(gap) = sandbox::confine(&mut command, &scope)? {
+            warn_once(cx, &self.manifest.name, gap);
+        }
+        let program = Program { plugin: &self.manifest.name };
         let reporter = cx.reporter();
         let cancel = cx.cancel_token().clone();
         let input = format!("{request}\n").into_bytes();
@@ -113,10 +109,22 @@ impl ExternalTask {
             let error = Error::new(message);
             return Err(match hint {
                 Some(hint) => error.with_hint(hint),
-                None => error,
+                None => explain_refusal(error, network),
             });
         }
-        end.judge(&self.manifest.name, said.done)
+        end.judge(&self.manifest.name, said.done).map_err(|e| explain_refusal(e, network))
+    }
+
+    /// What a task's process may touch.
+    fn scope(&self, cx: &mut TaskContext, products: Option<&Path>, network: bool) -> Scope {
+        let mut readable = vec![self.manifest.dir.clone()];
+        readable.extend(products.map(Path::to_owned));
+        let inputs = cx.inputs().values().flatten();
+        readable.extend(inputs.flat_map(|i| i.artifact.files.values().map(|f| f.path.clone())));
+        readable.extend(self.manifest.read.iter().filter_map(|r| r.path(&self.params)));
+        let mut writable = vec![cx.scratch().to_owned(), cx.state_dir().to_owned()];
+        writable.extend(cx.outputs().values().map(|o| o.path.clone()));
+        Scope { readable, writable, network }
     }
 
     /// Takes one line of the plugin's standard output.
@@ -152,6 +160,30 @@ impl ExternalTask {
         }
         Ok(())
     }
+}
+
+/// Says once for each run of this program that plugins are not confined here.
+fn warn_once(cx: &TaskContext, plugin: &str, gap: &str) {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if !SAID.swap(true, Ordering::Relaxed) {
+        cx.warn(format!(
+            "this system cannot confine plugins, Linux with Landlock and seccomp can: `{plugin}` {gap}"
+        ));
+    }
+}
+
+/// Adds what a plugin may do to a failure that looks as if it tried more.
+fn explain_refusal(error: Error, network: bool) -> Error {
+    let text = error.to_string().to_lowercase();
+    let refused = ["permission denied", "permissionerror", "operation not permitted", "eacces"];
+    if error.hint().is_some() || !refused.iter().any(|r| text.contains(r)) {
+        return error;
+    }
+    let no_network = if network { "" } else { ", and has no network without `network: true`" };
+    error.with_hint(format!(
+        "a plugin reads its inputs, its own folder, installed programs and what `read` in its \
+         `plugin.yaml` names, writes its outputs, `scratch` and `state` alone{no_network}"
+    ))
 }
 
 /// What a plugin has said about its end.

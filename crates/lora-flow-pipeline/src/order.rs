@@ -26,10 +26,7 @@ pub(crate) fn report_cycles(members: &[Member], wires: &[Wires], problems: &mut 
         if cycle.is_empty() {
             continue;
         }
-        let place = |span: Span| {
-            let (line, column) = problems.source.line_column(span.start);
-            format!("{line}:{column}")
-        };
+        let place = |span: Span| problems.place(span);
         let name = |i: usize| members[i].id.as_str();
         let mut path = String::new();
         let mut steps = Vec::new();

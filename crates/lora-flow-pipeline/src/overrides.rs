@@ -1,12 +1,54 @@
-//! The pipeline's parameters with what `--set` says.
+//! The pipeline's parameters with what a file of parameters and `--set` say.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::reader::suggest;
-use crate::source::{Diagnostic, SourceFile, Span};
+use crate::reader::{entries, suggest};
+use crate::source::{Diagnostic, Problems, SourceFile, Span};
+use crate::spec::no_expressions;
 use crate::yaml::{self, describe_json};
+
+/// Overrides parameters by those of a file, a YAML or JSON mapping. As with `--set`, a parameter
+/// that is a mapping is replaced whole.
+pub(crate) fn apply_file(
+    params: &mut Map<String, Value>,
+    path: &Path,
+    found: &mut Vec<Diagnostic>,
+) {
+    let source = match SourceFile::read(path) {
+        Ok(source) => source,
+        Err(problem) => return found.push(*problem),
+    };
+    let tree = match yaml::parse(&source) {
+        Ok(tree) => tree,
+        Err(mut problems) => return found.append(&mut problems),
+    };
+    let mut problems = Problems::new(&source);
+    for (key, node) in entries(&tree, "a file of parameters", &mut problems).unwrap_or_default() {
+        let Some(place) = params.get_mut(&key.name) else {
+            let hint = suggest(&key.name, params.keys().map(String::as_str), "known parameters");
+            let hint = hint.or_else(|| Some("the pipeline has no `params`".to_owned()));
+            problems.report(key.span, format!("there is no parameter `{}`", key.name), hint);
+            continue;
+        };
+        no_expressions(node, &mut problems);
+        let value = node.to_json();
+        if compatible(place, &value) {
+            *place = value;
+        } else {
+            let message = format!(
+                "the parameter `{}` is {} in the pipeline, found {}",
+                key.name,
+                type_name(place),
+                describe_json(&value)
+            );
+            problems.report(node.span, message, None);
+        }
+    }
+    found.append(&mut problems.found);
+}
 
 /// Overrides parameters: `r` → `32`, `optimizer.lr` → `1e-4`. The texts on the right are YAML.
 pub(crate) fn apply(

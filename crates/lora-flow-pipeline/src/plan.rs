@@ -13,10 +13,17 @@ use crate::source::{Diagnostic, SourceFile, Span};
 /// What [`compile`] needs besides the file.
 #[derive(Debug, Clone, Default)]
 pub struct CompileOptions {
+    /// A YAML or JSON mapping whose values replace parameters, before `set` does.
+    pub params_file: Option<PathBuf>,
     /// Parameters given on the command line, `name` or `name.key` → a YAML value.
     pub set: Vec<(String, String)>,
     /// Tasks wanted; with what they need, they are the plan. Empty: all tasks.
     pub targets: Vec<String>,
+    /// Tasks up to which the plan goes: wanted like `targets`, beside them.
+    pub until: Vec<String>,
+    /// Tasks that run whether or not their results are there, and with them all tasks of the plan
+    /// that wait for them.
+    pub from: Vec<String>,
     /// Environment of the process; a pipeline sees only the names it declares.
     pub env: BTreeMap<String, String>,
     /// The built-in task kinds.
@@ -30,7 +37,7 @@ pub struct Plan {
     pub name: String,
     /// What it is for, from the file.
     pub description: String,
-    /// The pipeline file.
+    /// The pipeline file, and behind its text that of the files it includes.
     pub source: Arc<SourceFile>,
     /// Folder that relative paths are taken from, absolute.
     pub root: PathBuf,
@@ -76,7 +83,9 @@ pub struct PlannedTask {
     pub timeout: Option<Duration>,
     /// How often to try again after a failure.
     pub retries: u32,
-    /// Place of its name in the pipeline file.
+    /// Whether it runs even if its result is there, by [`CompileOptions::from`].
+    pub forced: bool,
+    /// Place of its name in the text of [`Plan::source`].
     pub span: Span,
     /// Places of its parameters by JSON pointer.
     pub param_spans: BTreeMap<String, Span>,

@@ -36,8 +36,57 @@ pub struct PluginManifest {
     pub network: bool,
     /// Further environment variables it is given, by name.
     pub env: Vec<String>,
+    /// What it may read besides its inputs and its own folder.
+    pub read: Vec<ReadPath>,
     /// Task kinds it offers, in the order written.
     pub kinds: Vec<PluginKind>,
+}
+
+/// A file or folder that a plugin asks to read: `/path`, `~/path`, `$NAME/path` with a variable of
+/// its `env`, or `{params.NAME}/path` with a parameter of the task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadPath {
+    base: Base,
+    rest: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Base {
+    Root,
+    Home,
+    Variable(String),
+    Param(String),
+}
+
+impl ReadPath {
+    fn parse(text: &str) -> Option<Self> {
+        let (base, rest) = if let Some(inner) = text.strip_prefix("{params.") {
+            let (name, rest) = inner.split_once('}')?;
+            (Base::Param(name.to_owned()), rest)
+        } else {
+            let (first, rest) = text.split_at(text.find('/').unwrap_or(text.len()));
+            match first.strip_prefix('$') {
+                Some(name) if !name.is_empty() => (Base::Variable(name.to_owned()), rest),
+                None if first == "~" => (Base::Home, rest),
+                None if text.starts_with('/') => (Base::Root, rest),
+                _ => return None,
+            }
+        };
+        let rest = if base == Base::Root { rest } else { rest.trim_start_matches('/') };
+        Some(Self { base, rest: rest.to_owned() })
+    }
+
+    /// The absolute path, under these parameters and this process's environment. None if what it
+    /// starts with is not set, or is no absolute path.
+    pub fn path(&self, params: &Value) -> Option<PathBuf> {
+        let base = match &self.base {
+            Base::Root => PathBuf::from("/"),
+            Base::Home => std::env::home_dir()?,
+            Base::Variable(name) => PathBuf::from(std::env::var_os(name)?),
+            Base::Param(name) => PathBuf::from(params.get(name)?.as_str()?),
+        };
+        base.is_absolute().then(|| base.join(&self.rest))
+    }
 }
 
 /// A task kind that a plugin offers.
@@ -66,6 +115,7 @@ const TOP: Known = Known {
         "build",
         "network",
         "env",
+        "read",
         "tasks",
     ],
     aliases: &[
@@ -162,6 +212,7 @@ fn read(dir: &Path, root: &Node, problems: &mut Problems) -> Option<PluginManife
         build: None,
         network: false,
         env: Vec::new(),
+        read: Vec::new(),
         kinds: Vec::new(),
     };
     for (key, node) in top {
@@ -183,6 +234,9 @@ fn read(dir: &Path, root: &Node, problems: &mut Problems) -> Option<PluginManife
             _ => {}
         }
     }
+    // After `env`, wherever that stands.
+    manifest.read =
+        root.get("read").map(|n| read_paths(n, &manifest, problems)).unwrap_or_default();
     Some(manifest)
 }
 
@@ -235,6 +289,42 @@ fn command(node: &Node, what: &str, problems: &mut Problems) -> Vec<String> {
         problems.report(node.span, format!("{what} must not be empty"), None);
     }
     words.into_iter().map(|w| w.value).collect()
+}
+
+fn read_paths(node: &Node, manifest: &PluginManifest, problems: &mut Problems) -> Vec<ReadPath> {
+    let mut paths = Vec::new();
+    for written in strings(node, "`read`", problems).unwrap_or_default() {
+        let Some(path) = ReadPath::parse(&written.value) else {
+            problems.report(
+                written.span,
+                format!("`{}` is not a path that `read` can name", written.value),
+                "it starts with `/`, `~`, `$NAME` or `{params.NAME}`; the plugin's own folder can \
+                 be read anyway"
+                    .to_owned(),
+            );
+            continue;
+        };
+        let unknown = match &path.base {
+            Base::Variable(name) if name != "HOME" && !manifest.env.contains(name) => Some((
+                format!("`{name}` is not listed under `env`"),
+                format!("add `{name}` to `env`"),
+            )),
+            Base::Param(name) if !manifest.kinds.iter().any(|k| has_param(k, name)) => {
+                let message = format!("no task of the plugin has a parameter `{name}`");
+                Some((message, "`params` of a task lists them under `properties`".to_owned()))
+            }
+            _ => None,
+        };
+        match unknown {
+            Some((message, hint)) => problems.report(written.span, message, hint),
+            None => paths.push(path),
+        }
+    }
+    paths
+}
+
+fn has_param(kind: &PluginKind, name: &str) -> bool {
+    kind.params.get("properties").is_some_and(|p| p.get(name).is_some())
 }
 
 fn tasks(node: &Node, key: &Key, problems: &mut Problems) -> Vec<PluginKind> {
@@ -385,4 +475,28 @@ pub(crate) fn missing_manifest(
     };
     let diagnostic = Diagnostic::new(&problems.source, span, message);
     Some(diagnostic.with_hint_opt(hint.map(str::to_owned)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_to_read_start_somewhere_known() {
+        let params = json!({ "docs": "/d", "relative": "d", "number": 1 });
+        let path = |text| ReadPath::parse(text).and_then(|p| p.path(&params));
+        let home = std::env::home_dir().unwrap();
+        assert_eq!(path("/a/b"), Some("/a/b".into()));
+        assert_eq!(path("~"), Some(home.join("")));
+        assert_eq!(path("~/.rustup"), Some(home.join(".rustup")));
+        assert_eq!(path("$HOME/x"), Some(home.join("x")));
+        assert_eq!(path("{params.docs}/x"), Some("/d/x".into()));
+        for unset in ["$LORA_FLOW_NOT_SET/x", "{params.no}", "{params.relative}", "{params.number}"]
+        {
+            assert_eq!(path(unset), None, "{unset}");
+        }
+        for bad in ["a", "./a", "~user/x", "$", "", "{params.x"] {
+            assert_eq!(ReadPath::parse(bad), None, "{bad}");
+        }
+    }
 }

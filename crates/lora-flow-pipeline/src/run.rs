@@ -235,7 +235,7 @@ impl<'a> Session<'a> {
     /// `*`, the task's id, or the name that a matrix fanned out.
     fn is_forced(&self, task: &PlannedTask) -> bool {
         let base = task.id.split('[').next().unwrap_or(&task.id);
-        self.force.iter().any(|f| f == "*" || *f == task.id || f == base)
+        task.forced || self.force.iter().any(|f| f == "*" || *f == task.id || f == base)
     }
 
     /// The input artifacts of a task whose producers are done.

@@ -21,7 +21,7 @@ pub fn pipeline_schema(kinds: &[KindInfo]) -> Value {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "lora-flow pipeline",
         "type": "object",
-        "required": ["tasks"],
+        "anyOf": [{ "required": ["tasks"] }, { "required": ["include"] }],
         "additionalProperties": false,
         "patternProperties": {
             "^x-": { "description": "Free for anchors and notes." }
@@ -50,6 +50,10 @@ pub fn pipeline_schema(kinds: &[KindInfo]) -> Value {
                 "type": "array",
                 "items": { "type": "string" },
                 "description": "Environment variables that `${{ env.NAME }}` may read."
+            },
+            "include": {
+                "anyOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }],
+                "description": "Files with further `params`, `env`, `plugins` and `tasks`, relative to this one."
             },
             "plugins": {
                 "type": "array",

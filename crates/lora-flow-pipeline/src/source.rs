@@ -164,16 +164,73 @@ impl fmt::Display for Diagnostic {
     }
 }
 
-/// Collects the problems of one file.
+/// A pipeline file and the fragments it includes, as one text.
+#[derive(Debug, Clone)]
+pub(crate) struct Sources {
+    /// The texts one after the other, under the path of the pipeline file.
+    pub whole: Arc<SourceFile>,
+    /// The files and where each starts in the whole.
+    parts: Vec<(usize, Arc<SourceFile>)>,
+}
+
+impl Sources {
+    /// A file that includes nothing.
+    pub fn new(source: &Arc<SourceFile>) -> Self {
+        Self { whole: source.clone(), parts: vec![(0, source.clone())] }
+    }
+
+    /// Adds a file and returns where it starts.
+    pub fn append(&mut self, source: &Arc<SourceFile>) -> usize {
+        let start = self.whole.text.len() + 1;
+        let text = format!("{}\n{}", self.whole.text, source.text);
+        self.whole = SourceFile::new(&self.whole.path, text);
+        self.parts.push((start, source.clone()));
+        start
+    }
+
+    /// The file that a place of the whole is in, and the place there.
+    pub fn local(&self, span: Span) -> (&Arc<SourceFile>, Span) {
+        let at = self.parts.partition_point(|(start, _)| *start <= span.start).max(1) - 1;
+        let (start, source) = &self.parts[at];
+        (source, Span::new(span.start - start, span.end.saturating_sub(*start)))
+    }
+
+    /// Makes a problem that points into the whole point into the file.
+    pub fn localise(&self, problem: &mut Diagnostic) {
+        if Arc::ptr_eq(&problem.source, &self.whole) {
+            let (source, span) = self.local(problem.span.unwrap_or_default());
+            problem.source = source.clone();
+            problem.span = problem.span.map(|_| span);
+        }
+    }
+}
+
+/// Collects the problems of one file, or of a pipeline file and its fragments.
 #[derive(Debug)]
 pub(crate) struct Problems {
     pub source: Arc<SourceFile>,
     pub found: Vec<Diagnostic>,
+    sources: Sources,
 }
 
 impl Problems {
     pub fn new(source: &Arc<SourceFile>) -> Self {
-        Self { source: source.clone(), found: Vec::new() }
+        Self::over(&Sources::new(source))
+    }
+
+    /// Problems whose places are in the whole of several files, until they are localised.
+    pub fn over(sources: &Sources) -> Self {
+        Self { source: sources.whole.clone(), found: Vec::new(), sources: sources.clone() }
+    }
+
+    /// Line and column of a place, with the file where there are several.
+    pub fn place(&self, span: Span) -> String {
+        let (source, span) = self.sources.local(span);
+        let (line, column) = source.line_column(span.start);
+        if self.sources.parts.len() == 1 {
+            return format!("{line}:{column}");
+        }
+        format!("{}:{line}:{column}", source.path.display())
     }
 
     /// Adds a problem and what to do about it.

@@ -9,7 +9,17 @@ pub(crate) const VERSION: u64 = 1;
 
 pub(crate) const TOP: Known = Known {
     of: "the pipeline",
-    keys: &["version", "name", "description", "root", "params", "env", "plugins", "tasks"],
+    keys: &[
+        "version",
+        "name",
+        "description",
+        "root",
+        "include",
+        "params",
+        "env",
+        "plugins",
+        "tasks",
+    ],
     aliases: &[
         ("steps", "tasks"),
         ("jobs", "tasks"),
@@ -23,6 +33,10 @@ pub(crate) const TOP: Known = Known {
         ("plugin", "plugins"),
         ("title", "name"),
         ("workdir", "root"),
+        ("includes", "include"),
+        ("import", "include"),
+        ("imports", "include"),
+        ("extends", "include"),
     ],
 };
 
@@ -161,7 +175,7 @@ fn first_key_span(node: &Node) -> Span {
     }
 }
 
-fn version(node: &Node, problems: &mut Problems) {
+pub(crate) fn version(node: &Node, problems: &mut Problems) {
     match &node.value {
         NodeValue::Number(n) if n.as_u64() == Some(VERSION) => {}
         NodeValue::Number(n) => {
@@ -181,7 +195,7 @@ fn params(node: &Node, problems: &mut Problems) -> Vec<(Key, Node)> {
     entries.to_vec()
 }
 
-fn no_expressions(node: &Node, problems: &mut Problems) {
+pub(crate) fn no_expressions(node: &Node, problems: &mut Problems) {
     match &node.value {
         NodeValue::String(s) if s.contains("${{") => problems.report(
             node.span,

@@ -92,6 +92,22 @@ impl Node {
         entries.iter().find(|(k, _)| k.name == name).map(|(_, v)| v)
     }
 
+    /// Moves all places by a number of bytes.
+    pub fn shift(&mut self, by: usize) {
+        let moved = |span: Span| Span::new(span.start + by, span.end + by);
+        self.span = moved(self.span);
+        match &mut self.value {
+            NodeValue::Seq(items) => items.iter_mut().for_each(|item| item.shift(by)),
+            NodeValue::Map(entries) => {
+                for (key, node) in entries {
+                    key.span = moved(key.span);
+                    node.shift(by);
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// What it is, for messages: `the string `x``, `a list`, ….
     pub fn describe(&self) -> String {
         describe_json(&self.to_json())

@@ -1,4 +1,5 @@
-//! A plugin's build step: once for each digest of its folder.
+//! A plugin's build step: once for each digest of its folder. It is not confined: a compiler reads
+//! and writes where it likes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +7,7 @@ use std::path::{Path, PathBuf};
 use lora_flow_core::{Digest, Error, Event, LogLevel, Result, ResultExt, TaskContext};
 
 use super::folder_digest;
-use super::process::{self, Heard, Program, Scope};
+use super::process::{self, Heard, Program};
 use crate::plugin_manifest::PluginManifest;
 use crate::store::{FileLock, Store, Sync, remove_all, write_file};
 
@@ -53,14 +54,7 @@ fn build(
     cx.info(format!("building plugin `{}`", manifest.name));
     let mut command = process::build_command(manifest, products, cx.scratch())?;
     command.env(BUILD_DIR, products);
-    let program = Program {
-        plugin: &manifest.name,
-        scope: Scope {
-            readable: Vec::new(),
-            writable: vec![manifest.dir.clone(), products.to_owned()],
-            network: cx.allow_network(),
-        },
-    };
+    let program = Program { plugin: &manifest.name };
     let end = program.run(command, Vec::new(), cx.cancel_token(), |heard| {
         let (Heard::Output(message) | Heard::Error(message)) = heard;
         cx.event(Event::Log { level: LogLevel::Debug, message });

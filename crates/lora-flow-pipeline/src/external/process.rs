@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::thread;
@@ -36,30 +36,6 @@ const QUOTED: usize = 5;
 /// Environment variables that every plugin gets.
 const ALWAYS: [&str; 3] = ["PATH", "HOME", "LANG"];
 
-/// What a process may touch.
-///
-/// It is not enforced yet. [`confine`] is the one place where a process that is about to start
-/// gives up rights.
-#[derive(Debug, Clone)]
-pub(super) struct Scope {
-    /// Folders it may read, besides the system's and its inputs.
-    pub(super) readable: Vec<PathBuf>,
-    /// Folders it may write.
-    pub(super) writable: Vec<PathBuf>,
-    /// Whether it may use the network.
-    pub(super) network: bool,
-}
-
-/// Takes from a process what its scope does not hold. It does nothing yet.
-fn confine(_command: &mut Command, scope: &Scope) {
-    tracing::trace!(
-        "not confined: reads {:?}, writes {:?}, network {}",
-        scope.readable,
-        scope.writable,
-        scope.network
-    );
-}
-
 /// A line from a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Heard {
@@ -72,7 +48,6 @@ pub(super) enum Heard {
 /// A program about to run.
 pub(super) struct Program<'a> {
     pub(super) plugin: &'a str,
-    pub(super) scope: Scope,
 }
 
 /// How a process ended.
@@ -168,7 +143,6 @@ impl Program<'_> {
     ) -> Result<End> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.process_group(0);
-        confine(&mut command, &self.scope);
         die_with_parent(&mut command);
         let child = command.spawn().map_err(|e| self.cannot_start(&command, &e))?;
         let mut group = Group { child, status: None };

@@ -9,17 +9,17 @@ use crate::run::tests::{Bench, files_below, out, text};
 use crate::run::{ErrorRecord, RunReport, Status};
 
 /// A bench with one plugin, whose program is a shell script.
-struct Plugin {
-    bench: Bench,
+pub(super) struct Plugin {
+    pub(super) bench: Bench,
     head: String,
 }
 
 impl Plugin {
-    fn new(script: &str) -> Self {
+    pub(super) fn new(script: &str) -> Self {
         Self::with("command: [sh, main.sh]\n", script)
     }
 
-    fn with(head: &str, script: &str) -> Self {
+    pub(super) fn with(head: &str, script: &str) -> Self {
         let plugin = Self { bench: Bench::new(), head: head.to_owned() };
         fs::create_dir(plugin.bench.path("plugin")).unwrap();
         plugin.script(script);
@@ -42,21 +42,21 @@ impl Plugin {
     }
 
     /// Adds the plugin's task anew, as a new process would.
-    fn load(&mut self, inputs: &[&str]) {
+    pub(super) fn load(&mut self, inputs: &[&str]) {
         self.bench.tasks.retain(|t| t.id != "work");
         let params = json!({ "n": 7 });
         let task = ExternalTask::new(self.manifest(), 0, params.clone());
         self.bench.add_any("work", params, inputs, Arc::new(task));
     }
 
-    fn run(&mut self) -> RunReport {
+    pub(super) fn run(&mut self) -> RunReport {
         if !self.bench.tasks.iter().any(|t| t.id == "work") {
             self.load(&[]);
         }
         self.bench.run()
     }
 
-    fn error(&mut self) -> ErrorRecord {
+    pub(super) fn error(&mut self) -> ErrorRecord {
         let report = self.run();
         let error = out(&report, "work").error.clone();
         error.unwrap_or_else(|| panic!("it must fail: {report:?}"))
@@ -69,9 +69,17 @@ impl Plugin {
 }
 
 /// Shell that finds the output folder in the request.
-const OUT: &str = r#"request=$(cat); out=$(printf '%s' "$request" | sed 's/.*"out":{"kind":"Files","path":"\([^"]*\)".*/\1/')
+pub(super) const OUT: &str = r#"request=$(cat); out=$(printf '%s' "$request" | sed 's/.*"out":{"kind":"Files","path":"\([^"]*\)".*/\1/')
 "#;
-const DONE: &str = "echo '{\"event\":\"done\"}'\n";
+/// Shell that finds the folder for what outlives a try.
+pub(super) const STATE: &str = r#"state=$(sed 's/.*"state":"\([^"]*\)".*/\1/')
+"#;
+pub(super) const DONE: &str = "echo '{\"event\":\"done\"}'\n";
+
+/// The file of a name somewhere below a folder.
+fn find(dir: &Path, name: &str) -> Option<PathBuf> {
+    files_below(dir).into_iter().find(|p| p.file_name().is_some_and(|n| n == name))
+}
 
 #[test]
 fn a_good_plugin_reads_its_inputs_and_tells_what_it_does() {
@@ -258,10 +266,8 @@ fn a_plugin_that_never_reads_gets_a_large_request_all_the_same() {
 #[test]
 fn a_hanging_plugin_is_stopped_by_its_time_limit_with_all_its_children() {
     let mut plugin = Plugin::new("");
-    let pids = plugin.bench.path("pids");
     plugin.script(&format!(
-        "sh -c 'sleep 300 & echo $! >> {0}; wait' &\necho $! >> {0}\nwait\n",
-        pids.display()
+        "{STATE}pids=$state/pids\nsh -c \"sleep 300 & echo \\$! >> $pids; wait\" &\necho $! >> $pids\nwait\n"
     ));
     plugin.load(&[]);
     plugin.bench.task("work").timeout = Some(Duration::from_millis(300));
@@ -269,6 +275,7 @@ fn a_hanging_plugin_is_stopped_by_its_time_limit_with_all_its_children() {
     let error = plugin.error();
     assert!(error.message.starts_with("out of time: its limit is 0.3 s"), "{}", error.message);
     assert!(start.elapsed() < Duration::from_secs(4), "SIGTERM was enough");
+    let pids = find(&plugin.bench.store_dir(), "pids").unwrap();
     let pids = fs::read_to_string(pids).unwrap();
     assert_eq!(pids.lines().count(), 2);
     for pid in pids.lines() {
@@ -307,28 +314,31 @@ fn a_plugin_that_ignores_the_wish_to_stop_is_killed() {
 /// The process that dies in the next test; as a test of its own it does nothing.
 #[test]
 fn victim() {
-    let Some(pid_file) = std::env::var_os("LORA_FLOW_TEST_PLUGIN_VICTIM") else { return };
-    let pid_file = Path::new(&pid_file).display().to_string();
-    Plugin::new(&format!("echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}\nsleep 300\n"))
-        .run();
+    if std::env::var_os("LORA_FLOW_TEST_PLUGIN_VICTIM").is_some() {
+        let write = "echo $$ > $state/pid.new; mv $state/pid.new $state/pid";
+        Plugin::new(&format!("{STATE}{write}\nsleep 300\n")).run();
+    }
 }
 
 #[test]
 #[cfg(target_os = "linux")]
 fn a_plugin_does_not_outlive_a_killed_run() {
     let dir = tempfile::tempdir().unwrap();
-    let pid_file = dir.path().join("pid");
     let mut host = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "external::tests::victim"])
-        .env("LORA_FLOW_TEST_PLUGIN_VICTIM", &pid_file)
+        .env("LORA_FLOW_TEST_PLUGIN_VICTIM", "1")
         .env("TMPDIR", dir.path())
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
-    while !pid_file.exists() && Instant::now() < deadline {
+    let pid_file = loop {
+        if let Some(path) = find(dir.path(), "pid") {
+            break path;
+        }
+        assert!(Instant::now() < deadline, "it never starts");
         std::thread::sleep(Duration::from_millis(5));
-    }
+    };
     let pid = fs::read_to_string(&pid_file).unwrap();
     assert!(Path::new("/proc").join(pid.trim()).exists(), "it runs");
     host.kill().unwrap();

@@ -218,6 +218,10 @@ fn plugin_manifests_point_into_themselves() {
             "protocol: 1\nname: p\nversion: 0.1.0\ncommand: [x]\ntasks:\n  fetch:\n    sumary: s\n    inputs: { a: { knd: Files }, b: Model, c: { kind: [Model, Adaptr] } }\n    outputs: { d: { kind: [Files, Model], many: true } }\n  other: { params: {} }\n",
         ),
         (
+            "paths to read",
+            "protocol: 1\nname: p\nversion: 0.1.0\ncommand: [x]\nread: [data, ~/.x, $X/y, \"{params.x}\"]\ntasks: { fetch: { outputs: { files: Files } } }\n",
+        ),
+        (
             "schema",
             "protocol: 1\nname: p\nversion: 0.1.0\ncommand: [x]\ntasks:\n  fetch:\n    outputs: { files: Files }\n    params: { type: object, properties: { a: { type: strng } } }\n",
         ),

@@ -331,3 +331,70 @@ fn manifests_of_the_plugins_in_this_repository_are_sound() {
     kinds.sort();
     assert_eq!(kinds, ["pip-fetch", "rust-docs", "tiny-model"]);
 }
+
+#[test]
+fn from_forces_what_waits_and_until_ends_the_plan() {
+    let text = "tasks:\n  a: { uses: model, with: { source: x } }\n  \
+                b: { uses: model, needs: a, with: { source: x } }\n  \
+                c: { uses: model, needs: b, with: { source: x } }\n  \
+                d: { uses: model, needs: a, with: { source: x } }\n";
+    let forced = |from: &[&str], until: &[&str]| {
+        let owned = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect();
+        let options = CompileOptions { from: owned(from), until: owned(until), ..options() };
+        match compile_in(folder().path(), text, &options) {
+            Ok(plan) => plan
+                .tasks
+                .iter()
+                .map(|t| format!("{}{}", t.id, if t.forced { "!" } else { "" }))
+                .collect::<Vec<_>>()
+                .join(" "),
+            Err(e) => e.to_string(),
+        }
+    };
+    assert_eq!(forced(&[], &[]), "a b c d");
+    assert_eq!(forced(&["b"], &[]), "a b! c! d");
+    assert_eq!(forced(&["b"], &["b", "d"]), "a b! d");
+    assert_eq!(forced(&["a"], &["c"]), "a! b! c!");
+    assert_eq!(forced(&[], &["b"]), "a b");
+    let refused = forced(&["d"], &["c"]);
+    assert!(refused.starts_with("--from:1:1: `d` is not among the tasks"), "{refused}");
+    assert_eq!(forced(&["e"], &[]), "--from:1:1: there is no task `e`\n  hint: did you mean `a`?");
+}
+
+#[test]
+fn a_file_of_parameters_overrides_and_set_has_the_last_word() {
+    let text = "params: { a: 1, b: x, opt: { lr: 1, n: 2 } }\n\
+                tasks:\n  m: { uses: model, with: { source: x } }\n";
+    let with = |name: &str, content: &str, set: &[(&str, &str)]| {
+        let dir = folder();
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        let options = CompileOptions {
+            params_file: Some(path),
+            set: set.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            ..options()
+        };
+        let result = compile_in(dir.path(), text, &options);
+        match &result {
+            Ok(plan) => plan.params.to_string(),
+            Err(_) => super::problems(result),
+        }
+    };
+    assert_eq!(
+        with("v.yaml", "a: 2.5\nopt: { lr: 3 }\n", &[("a", "4")]),
+        r#"{"a":4,"b":"x","opt":{"lr":3}}"#
+    );
+    assert_eq!(with("v.json", r#"{"b": "y"}"#, &[]), r#"{"a":1,"b":"y","opt":{"lr":1,"n":2}}"#);
+    assert_eq!(with("v.yaml", "", &[]), r#"{"a":1,"b":"x","opt":{"lr":1,"n":2}}"#);
+    assert_eq!(
+        with("v.yaml", "a: x\nop: 1\nb: \"${{ env.X }}\"\n", &[]),
+        "v.yaml:1:4: the parameter `a` is a number in the pipeline, found the string `x`\n\
+         v.yaml:2:1: there is no parameter `op`\n    hint: did you mean `opt`?\n\
+         v.yaml:3:4: parameters are plain values, not expressions\n    \
+         hint: write the expression where the value is used, under `with`\n"
+    );
+    assert_eq!(
+        with("v.yaml", "[1]", &[]),
+        "v.yaml:1:1: a file of parameters must be a mapping, found a list\n"
+    );
+}

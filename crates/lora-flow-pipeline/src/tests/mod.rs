@@ -2,6 +2,7 @@
 
 mod broken;
 mod good;
+mod include;
 mod kinds;
 mod robust;
 mod yaml;

@@ -56,6 +56,7 @@ fn load(args: &PipelineArgs) -> Result<Plan, Failure> {
             .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
             .collect(),
         builtin: crate::BUILTIN,
+        ..CompileOptions::default()
     };
     let plan = compile(&args.pipeline, &options)?;
     if !ui::global().quiet {

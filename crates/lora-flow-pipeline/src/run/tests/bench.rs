@@ -144,6 +144,7 @@ impl Bench {
             resources: Resources::default(),
             timeout: None,
             retries: 0,
+            forced: false,
             span: Span::new(0, 0),
             param_spans: BTreeMap::new(),
         };

@@ -366,3 +366,14 @@ fn a_thousand_stored_tasks_are_settled_quickly() {
     // Generous: the machine of the tests may be busy.
     assert!(best < Duration::from_millis(500), "{best:?}");
 }
+
+#[test]
+fn a_task_that_the_plan_forces_runs_and_says_so() {
+    let mut bench = diamond();
+    bench.run();
+    bench.task("a").forced = true;
+    assert_eq!(bench.explained()[0], "a: runs: forced");
+    let report = bench.run();
+    assert_eq!(out(&report, "a").status, Status::Ran);
+    assert_eq!(out(&report, "b").status, Status::Cached, "the same bytes came out");
+}

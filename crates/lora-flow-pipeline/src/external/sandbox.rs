@@ -1,0 +1,277 @@
+//! What a plugin's process may touch, held by the kernel.
+//!
+//! On Linux a process gives up, between `fork` and `exec` and for good, what its [`Scope`] does
+//! not hold: files by Landlock, sockets by a seccomp filter, because Landlock knows TCP alone.
+//! Both pass to its children. What the kernel cannot take is told, not passed over.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use lora_flow_core::Result;
+
+/// What a process may touch besides the system's programs, libraries and settings.
+#[derive(Debug, Clone)]
+pub(super) struct Scope {
+    /// Files and folders it may read. Those that do not exist are passed over.
+    pub(super) readable: Vec<PathBuf>,
+    /// Folders it may write.
+    pub(super) writable: Vec<PathBuf>,
+    /// Whether it may use the network.
+    pub(super) network: bool,
+}
+
+/// Takes from the process that a command starts what the scope does not hold. Returns what this
+/// system cannot take, in words that go after
+/// the plugin's name.
+///
+/// # Errors
+/// When the kernel knows how but refuses.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn confine(_: &mut Command, scope: &Scope) -> Result<Option<&'static str>> {
+    tracing::trace!("not confined: {scope:?}");
+    Ok(Some("can read and write all that you can, and use the network"))
+}
+
+/// Takes from the process that a command starts what the scope does not hold. Returns what this
+/// system cannot take, in words that go after
+/// the plugin's name.
+///
+/// # Errors
+/// When the kernel knows how but refuses.
+#[cfg(target_os = "linux")]
+pub(super) fn confine(command: &mut Command, scope: &Scope) -> Result<Option<&'static str>> {
+    use std::os::unix::process::CommandExt;
+
+    let files = linux::files(command, scope)?;
+    let sockets = (!scope.network).then(linux::sockets);
+    let gap = match (&files, &sockets) {
+        (None, Some(None)) => Some("can read and write all that you can, and use the network"),
+        (None, _) => Some("can read and write all that you can"),
+        (Some(_), Some(None)) => Some("can use the network other than by TCP"),
+        (Some(_), _) => None,
+    };
+    let sockets = sockets.flatten();
+    // SAFETY: the hook only makes system calls and allocates nothing.
+    unsafe { command.pre_exec(move || linux::enforce(files.as_ref(), sockets.as_deref())) };
+    Ok(gap)
+}
+
+/// Where this system keeps what programs need to run at all.
+const SYSTEM: [&str; 19] = [
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/etc",
+    "/opt",
+    "/proc",
+    "/sys",
+    "/nix/store",
+    "/gnu/store",
+    "/snap",
+    "/run/current-system",
+    "/run/systemd/resolve",
+    "/run/opengl-driver",
+    "/var/lib/ca-certificates",
+    "/var/lib/snapd",
+];
+
+/// Devices that hold nothing, and those that compute.
+const DEVICES: [&str; 7] =
+    ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/dri", "/dev/kfd"];
+
+/// Parts of an install prefix beside its folder of programs.
+const PREFIX: [&str; 9] =
+    ["bin", "lib", "lib32", "lib64", "libexec", "etc", "ssl", "versions", "pyvenv.cfg"];
+
+/// Files that choose a version of an interpreter for the folder they are in and all below.
+const CHOICES: [&str; 5] =
+    [".python-version", ".tool-versions", "rust-toolchain", "rust-toolchain.toml", ".nvmrc"];
+
+/// Where programs lie that the command and its children may start: the folders of the `PATH`, that
+/// of the program itself, and the install prefixes around them.
+fn programs(command: &Command) -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> =
+        std::env::split_paths(&path).filter(|p| p.is_absolute()).collect();
+    let program = Path::new(command.get_program());
+    let found = folders.iter().map(|folder| folder.join(program)).find(|p| p.is_file());
+    folders.extend(found.as_deref().and_then(Path::parent).map(Path::to_owned));
+    for link in found.iter().chain(&folders.clone()) {
+        let Ok(real) = link.canonicalize() else { continue };
+        folders.push(if real.is_dir() { real } else { real.parent().unwrap_or(link).to_owned() });
+    }
+    folders.sort();
+    folders.dedup();
+    let home = std::env::home_dir().unwrap_or_default();
+    let mut all = Vec::new();
+    for folder in folders {
+        let prefix = folder.parent().filter(|p| p.parent().is_some() && *p != home);
+        all.extend(prefix.iter().flat_map(|p| PREFIX.map(|part| p.join(part))));
+        if folder.parent().is_some() && folder != home {
+            all.push(folder);
+        }
+    }
+    let start = command.get_current_dir().unwrap_or(Path::new("/"));
+    all.extend(start.ancestors().flat_map(|a| CHOICES.map(|c| a.join(c))));
+    all
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::io;
+    use std::os::fd::{AsRawFd, OwnedFd};
+
+    use landlock::{
+        ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
+        RulesetCreated, RulesetCreatedAttr,
+    };
+    use lora_flow_core::ResultExt;
+
+    use super::*;
+
+    /// The newest Landlock this was tried with. An older kernel holds what it can.
+    const NEWEST: ABI = ABI::V7;
+
+    /// A Landlock ruleset for a command; none where the kernel has no Landlock.
+    pub(super) fn files(command: &Command, scope: &Scope) -> Result<Option<OwnedFd>> {
+        let rules = || -> Result<RulesetCreated, landlock::RulesetError> {
+            let mut ruleset = Ruleset::default()
+                .handle_access(AccessFs::from_all(NEWEST))?
+                .scope(landlock::Scope::from_all(NEWEST))?;
+            if !scope.network {
+                ruleset = ruleset.handle_access(AccessNet::from_all(NEWEST))?;
+            }
+            let mut ruleset = ruleset.create()?;
+            let read = AccessFs::from_read(NEWEST);
+            let all = AccessFs::from_all(NEWEST);
+            for path in SYSTEM.iter().map(Path::new) {
+                ruleset = allow(ruleset, path, read)?;
+            }
+            for path in scope.readable.iter().chain(&programs(command)) {
+                ruleset = allow(ruleset, path, read)?;
+            }
+            let devices = DEVICES.iter().map(PathBuf::from).chain(nvidia());
+            for path in devices.chain(scope.writable.iter().cloned()) {
+                ruleset = allow(ruleset, &path, all)?;
+            }
+            Ok(ruleset)
+        };
+        Ok(rules().context("cannot confine the plugin")?.into())
+    }
+
+    fn allow(
+        ruleset: RulesetCreated,
+        path: &Path,
+        access: BitFlags<AccessFs>,
+    ) -> Result<RulesetCreated, landlock::RulesetError> {
+        let Ok(fd) = PathFd::new(path) else { return Ok(ruleset) };
+        let access = if path.is_dir() { access } else { access & AccessFs::from_file(NEWEST) };
+        ruleset.add_rule(PathBeneath::new(fd, access))
+    }
+
+    fn nvidia() -> Vec<PathBuf> {
+        let devices = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+        let named = |e: &std::fs::DirEntry| e.file_name().to_string_lossy().starts_with("nvidia");
+        devices.filter(named).map(|e| e.path()).collect()
+    }
+
+    /// The number that names this machine's system calls in a filter.
+    const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
+        Some(0xC000_003E)
+    } else if cfg!(target_arch = "aarch64") {
+        Some(0xC000_00B7)
+    } else if cfg!(target_arch = "riscv64") {
+        Some(0xC000_00F3)
+    } else {
+        None
+    };
+
+    /// A filter that refuses all sockets but local ones; none where the kernel or this program
+    /// does not know how.
+    ///
+    /// Calls of another architecture, also of x32, are refused whole: they have other numbers.
+    /// So is io_uring, which opens sockets without the call.
+    pub(super) fn sockets() -> Option<Box<[libc::sock_filter]>> {
+        let architecture = ARCHITECTURE?;
+        let refuse = libc::SECCOMP_RET_ERRNO;
+        // SAFETY: a plain system call that reads the action.
+        let known = unsafe {
+            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &refuse) == 0
+        };
+        if !known {
+            return None;
+        }
+        const NUMBER: u32 = 0; // offsets in `struct seccomp_data`
+        const ARCH: u32 = 4;
+        const FIRST_ARGUMENT: u32 = 16; // its low half: all three architectures are little endian
+        const X32: u32 = 0x4000_0000;
+        const ALLOW: u8 = 8; // index of the instructions at the end
+        const REFUSE: u8 = 9;
+        let load = |offset| instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
+        // Jumps count from the next instruction; `at` is this one's index.
+        let jump = |at: u8, test: u32, value: u32, then: u8, otherwise: u8| {
+            instruction(
+                libc::BPF_JMP | test | libc::BPF_K,
+                then - at - 1,
+                otherwise - at - 1,
+                value,
+            )
+        };
+        let end = |value| instruction(libc::BPF_RET | libc::BPF_K, 0, 0, value);
+        Some(Box::new([
+            load(ARCH),
+            jump(1, libc::BPF_JEQ, architecture, 2, REFUSE),
+            load(NUMBER),
+            jump(3, libc::BPF_JGE, X32, REFUSE, 4),
+            jump(4, libc::BPF_JEQ, libc::SYS_io_uring_setup as u32, REFUSE, 5),
+            jump(5, libc::BPF_JEQ, libc::SYS_socket as u32, 6, ALLOW),
+            load(FIRST_ARGUMENT),
+            jump(7, libc::BPF_JEQ, libc::AF_UNIX as u32, ALLOW, REFUSE),
+            end(libc::SECCOMP_RET_ALLOW),
+            end(refuse | libc::EACCES as u32),
+        ]))
+    }
+
+    fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+        libc::sock_filter { code: code as u16, jt, jf, k }
+    }
+
+    /// Takes the rights from the calling process. It allocates nothing.
+    pub(super) fn enforce(
+        files: Option<&OwnedFd>,
+        sockets: Option<&[libc::sock_filter]>,
+    ) -> io::Result<()> {
+        let check = |result: libc::c_long| match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        };
+        // SAFETY: plain system calls; the filter outlives the one that reads it.
+        unsafe {
+            // Without this the kernel takes neither: a program with more rights could be misled.
+            check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
+            if let Some(files) = files {
+                check(libc::syscall(libc::SYS_landlock_restrict_self, files.as_raw_fd(), 0))?;
+            }
+            if let Some(sockets) = sockets {
+                let program = libc::sock_fprog {
+                    len: sockets.len() as libc::c_ushort,
+                    filter: sockets.as_ptr().cast_mut(),
+                };
+                check(libc::syscall(
+                    libc::SYS_seccomp,
+                    libc::SECCOMP_SET_MODE_FILTER,
+                    0,
+                    &program,
+                ))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests;
