@@ -203,3 +203,16 @@ fn a_reader_that_goes_away_is_no_error() {
     assert_eq!(through("schema"), "0");
     assert_eq!(through("run pipeline.yaml --target base 2>&1"), "0");
 }
+
+#[test]
+fn a_plan_takes_a_parameter_file_starts_from_a_task_and_ends_at_one() {
+    let project = Project::new();
+    project.write("small.yaml", "steps: 2\n");
+    let base = ["--params-file", "small.yaml", "--until", "train"];
+    let run: Vec<&str> = RUN.iter().chain(&base).copied().collect();
+    project.expect(0, &run);
+    assert_eq!(project.latest()["tasks"].as_array().unwrap().len(), 5);
+    let from: Vec<&str> = run.iter().copied().chain(["--from", "adapter"]).collect();
+    project.expect(0, &from);
+    assert_eq!(ran(&project.latest()), ["adapter", "train"]);
+}

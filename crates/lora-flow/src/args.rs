@@ -52,9 +52,15 @@ pub struct PipelineArgs {
     /// Override a parameter of the pipeline (`--set r=32`)
     #[arg(long = "set", value_name = "PARAM=VALUE", value_parser = key_value)]
     pub set: Vec<(String, String)>,
+    /// Override parameters from a YAML or JSON file, before `--set` does
+    #[arg(long, value_name = "FILE")]
+    pub params_file: Option<PathBuf>,
     /// Only this task and what it needs (may be repeated)
-    #[arg(long = "target", value_name = "TASK")]
+    #[arg(long = "target", visible_alias = "until", value_name = "TASK")]
     pub targets: Vec<String>,
+    /// Run this task and all that wait for it, cached or not (may be repeated)
+    #[arg(long = "from", value_name = "TASK")]
+    pub from: Vec<String>,
 }
 
 /// Options that decide what would run.

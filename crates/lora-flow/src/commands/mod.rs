@@ -50,8 +50,10 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
 /// Compiles the pipeline; warnings go to stderr.
 fn load(args: &PipelineArgs) -> Result<Plan, Failure> {
     let options = CompileOptions {
+        params_file: args.params_file.clone(),
         set: args.set.clone(),
         targets: args.targets.clone(),
+        from: args.from.clone(),
         env: std::env::vars_os()
             .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
             .collect(),
