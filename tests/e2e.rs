@@ -185,3 +185,21 @@ fn runs_show_and_logs_tell_what_happened() {
     let unknown = project.expect(2, &["logs", "latest", "trian"]);
     assert!(unknown.stderr.contains("did you mean `train`?"), "{}", unknown.stderr);
 }
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let project = Project::new();
+    let binary = env!("CARGO_BIN_EXE_lora-flow");
+    let through = |command: &str| {
+        // The writer may outlive the reader: the code is waited for.
+        let script = format!(
+            "rm -f code; ({binary} {command}; echo $? >tmp; mv tmp code) | true; \
+             until [ -f code ]; do sleep 0.05; done; cat code"
+        );
+        let output = project.shell(&script);
+        assert!(!output.stderr.contains("panicked"), "{}", output.stderr);
+        output.stdout.trim().to_owned()
+    };
+    assert_eq!(through("schema"), "0");
+    assert_eq!(through("run pipeline.yaml --target base 2>&1"), "0");
+}

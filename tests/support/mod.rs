@@ -81,6 +81,12 @@ impl Project {
         self.command(args).output().unwrap().into()
     }
 
+    /// Runs a line of shell in the project.
+    pub fn shell(&self, script: &str) -> Ran {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).current_dir(self.root()).output().unwrap().into()
+    }
+
     /// Runs the command and insists on its exit code.
     pub fn expect(&self, code: i32, args: &[&str]) -> Ran {
         let ran = self.run(args);

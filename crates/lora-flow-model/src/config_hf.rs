@@ -378,7 +378,15 @@ impl Fields<'_> {
 
     /// The window of all layers. Mixed layers are refused.
     fn sliding_window(&self, architecture: Architecture, layers: usize) -> Result<Option<usize>> {
-        let window = self.usize("sliding_window")?;
+        let window = match self.usize("sliding_window")? {
+            // The class's default; a window that is off is `null`.
+            None if architecture == Architecture::Mistral
+                && !self.0.contains_key("sliding_window") =>
+            {
+                Some(4096)
+            }
+            window => window,
+        };
         let sliding: Vec<bool> = match self.get("layer_types") {
             Some(Value::Array(types)) => types
                 .iter()

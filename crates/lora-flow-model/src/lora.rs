@@ -133,6 +133,7 @@ impl Lora {
             .resolve(modules)?
             .into_iter()
             .map(|m| {
+                m.check_rank()?;
                 let (n_in, n_out) = (m.module.in_features, m.module.out_features);
                 let name = format!("lora-init/{seed}/{}", m.module.path);
                 let mut rng = ChaCha8Rng::from_seed(Digest::of_bytes(name.as_bytes()).0);

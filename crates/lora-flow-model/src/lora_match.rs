@@ -27,6 +27,25 @@ pub struct Resolved {
     pub alpha: f64,
 }
 
+impl Resolved {
+    /// Refuses a rank above the smaller side of the layer, where B·A has more parameters than W
+    /// and no more freedom. Only for new adapters: PEFT makes such ones, and they load.
+    pub(crate) fn check_rank(&self) -> Result<()> {
+        if self.r > self.limit() { Err(self.misfit()) } else { Ok(()) }
+    }
+
+    fn limit(&self) -> usize {
+        self.module.in_features.min(self.module.out_features)
+    }
+
+    fn misfit(&self) -> Error {
+        let (r, module) = (self.r, &self.module);
+        let (out, inner) = (module.out_features, module.in_features);
+        Error::new(format!("rank {r} does not fit `{}` of {out} × {inner}", module.path))
+            .with_hint(format!("its rank can be 1 to {}", self.limit()))
+    }
+}
+
 impl LoraConfig {
     /// The layers among `modules` that get an adapter, in the order of `modules`.
     ///
@@ -62,15 +81,11 @@ impl LoraConfig {
             }
             let r = ranks.find(path)?.unwrap_or(self.r);
             let alpha = alphas.find(path)?.unwrap_or(self.lora_alpha);
-            let limit = module.in_features.min(module.out_features);
-            if r == 0 || r > limit {
-                return Err(Error::new(format!(
-                    "rank {r} does not fit `{path}` of {} × {}",
-                    module.out_features, module.in_features
-                ))
-                .with_hint(format!("its rank can be 1 to {limit}")));
+            let resolved = Resolved { module: module.clone(), r, alpha };
+            if r == 0 {
+                return Err(resolved.misfit());
             }
-            out.push(Resolved { module: module.clone(), r, alpha });
+            out.push(resolved);
         }
         if out.is_empty() {
             return Err(Error::new(
@@ -306,7 +321,7 @@ mod tests {
     }
 
     fn error(config: &LoraConfig) -> (String, String) {
-        let e = config.resolve(&modules()).unwrap_err();
+        let e = crate::lora::Lora::init(config, &modules(), 0).err().unwrap();
         (e.chain(), e.hint().unwrap_or_default().to_owned())
     }
 

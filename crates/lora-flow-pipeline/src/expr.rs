@@ -219,6 +219,11 @@ fn value_of(expression: &str, span: Span, scope: &Scope, problems: &mut Problems
             return None;
         }
     };
+    if !is_small(&value, &mut { FUEL }) {
+        let message = format!("the expression `{}` has too large a value", shorten(text));
+        problems.report(place, message, None);
+        return None;
+    }
     match serde_json::to_value(&value) {
         Ok(Value::Null) if value.is_number() => {
             let message = format!("the expression `{}` is not a finite number", shorten(text));
@@ -231,6 +236,26 @@ fn value_of(expression: &str, span: Span, scope: &Scope, problems: &mut Problems
             problems.report(place, message, None);
             None
         }
+    }
+}
+
+/// Whether a value has no more parts than `room`. `[1] * 90_000_000` takes one step and no
+/// memory until somebody walks through it.
+fn is_small(value: &minijinja::Value, room: &mut u64) -> bool {
+    use minijinja::value::ValueKind;
+    let Some(left) = room.checked_sub(1) else { return false };
+    *room = left;
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map => {
+            let is_map = value.kind() == ValueKind::Map;
+            value.try_iter().is_ok_and(|mut items| {
+                items.all(|item| match is_map {
+                    true => value.get_item(&item).is_ok_and(|item| is_small(&item, room)),
+                    false => is_small(&item, room),
+                })
+            })
+        }
+        _ => true,
     }
 }
 

@@ -107,7 +107,7 @@ pub(crate) fn read(root: &Node, problems: &mut Problems) -> Spec {
     match &root.value {
         NodeValue::Map(_) => {}
         NodeValue::Null => {
-            let hint = "a pipeline has `tasks:`, each with `uses:`; `lora-flow init` writes one";
+            let hint = "a pipeline has `tasks:`, each with `uses:`; `pipelines/quickstart.yaml` is a small one";
             problems.report(root.span, "the file is empty", hint.to_owned());
             return spec;
         }

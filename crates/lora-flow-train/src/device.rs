@@ -12,7 +12,7 @@ pub fn open_device(spec: DeviceSpec) -> Result<Device> {
         DeviceSpec::Cpu => Ok(Device::Cpu),
         DeviceSpec::Cuda(index) => Device::new_cuda(index).map_err(|e| {
             Error::new(format!("cannot open device `{spec}`"))
-                .with_hint("use `--device cpu`, or a build with the feature `cuda`")
+                .with_hint("use `--device cpu`: this version has no CUDA")
                 .with_source(e)
         }),
     }

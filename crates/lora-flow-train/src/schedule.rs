@@ -42,10 +42,13 @@ impl Schedule {
         if self.kind == T::Constant {
             return 1.0;
         }
-        if step < self.warmup {
-            return step / self.warmup.max(1.0);
-        }
         let k = &self.kwargs;
+        if step < self.warmup {
+            let rise = step / self.warmup.max(1.0);
+            // This schedule alone starts at its floor.
+            let floor = k.min_lr_rate.filter(|_| self.kind == T::WarmupStableDecay).unwrap_or(0.0);
+            return rise * (1.0 - floor) + floor;
+        }
         // Share of the steps after the warmup.
         let progress = (step - self.warmup) / (self.total - self.warmup).max(1.0);
         let wave = |cycles: f64, at: f64| 0.5 * (1.0 + (PI * cycles * 2.0 * at).cos());
@@ -140,7 +143,11 @@ mod tests {
             min_lr_rate: Some(0.2),
             ..none()
         };
-        check(T::WarmupStableDecay, wsd, &[(10, 1.0), (90, 1.0), (95, 0.6), (110, 0.2)]);
+        check(
+            T::WarmupStableDecay,
+            wsd,
+            &[(0, 0.2), (5, 0.6), (10, 1.0), (90, 1.0), (95, 0.6), (110, 0.2)],
+        );
     }
 
     #[test]

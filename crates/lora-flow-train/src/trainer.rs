@@ -333,6 +333,9 @@ impl<'a> Trainer<'a> {
     fn finish(mut self) -> Result<Outcome> {
         if self.run.config.load_best_model_at_end && !self.best.is_empty() {
             optimizer::write(&mut self.run.lora, &self.best)?;
+        } else if self.optimizer.params.iter().flatten().any(|x| !x.is_finite()) {
+            return Err(Error::new("the last step made the adapter infinite")
+                .with_hint("lower `learning_rate`"));
         }
         let state = self.state;
         Ok(Outcome {

@@ -5,11 +5,13 @@
 //! meet in [`BUILTIN`].
 
 #[macro_use]
-mod ui;
+mod out;
+
 mod args;
 mod commands;
 mod progress;
 mod table;
+mod ui;
 
 use clap::Parser;
 use lora_flow_core::TaskKind;

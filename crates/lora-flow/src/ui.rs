@@ -2,10 +2,8 @@
 //!
 //! Data goes to stdout; errors, logs and progress go to stderr.
 
-use std::fmt::{self, Write as _};
-use std::io::{ErrorKind, Write as _};
+use std::fmt::Write as _;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use lora_flow_core::Error;
 use lora_flow_pipeline::{Diagnostic, Diagnostics};
@@ -16,41 +14,6 @@ use crate::args::{Global, LogFormat};
 
 static GLOBAL: OnceLock<Global> = OnceLock::new();
 
-static STDOUT_CLOSED: AtomicBool = AtomicBool::new(false);
-
-/// `print!` for a reader that may go away; see [`write_stdout`].
-macro_rules! out {
-    ($($arg:tt)*) => { $crate::ui::write_stdout(format_args!($($arg)*)) };
-}
-
-/// `println!` for a reader that may go away; see [`write_stdout`].
-macro_rules! outln {
-    () => { $crate::ui::write_stdout(format_args!("\n")) };
-    ($($arg:tt)*) => { $crate::ui::write_stdout(format_args!("{}\n", format_args!($($arg)*))) };
-}
-
-/// Writes to stdout. When its reader is gone (`lora-flow runs | head`) the rest is dropped and the
-/// command ends with the exit code that it has earned; `println!` would panic.
-pub fn write_stdout(text: fmt::Arguments<'_>) {
-    if stdout_closed() {
-        return;
-    }
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_fmt(text).and_then(|()| stdout.flush()) {
-        Ok(()) => {}
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => STDOUT_CLOSED.store(true, Ordering::Relaxed),
-        Err(e) => {
-            eprint!("{}", error_text(&format!("cannot write to standard output: {e}"), None));
-            std::process::exit(1);
-        }
-    }
-}
-
-/// Whether nobody reads stdout any longer.
-pub fn stdout_closed() -> bool {
-    STDOUT_CLOSED.load(Ordering::Relaxed)
-}
-
 /// Remembers the global options and installs the subscriber for library diagnostics.
 pub fn init(global: &Global) {
     let default = if global.verbose { "debug" } else { "warn" };
@@ -60,7 +23,8 @@ pub fn init(global: &Global) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_target(false);
+        .with_target(false)
+        .log_internal_errors(false);
     match global.log_format {
         LogFormat::Text => builder.without_time().with_ansi(color_stderr()).init(),
         LogFormat::Json => builder.json().init(),

@@ -2,7 +2,8 @@
 //!
 //! Every supervised token counts once, whatever the batches: results are independent of
 //! `batch_size` and `max_tokens_per_batch` to rounding. Errors treat documents as the independent
-//! units ([`lora_flow_train::mean_loss`]).
+//! units ([`lora_flow_train::mean_loss`]); the pieces of a text that `tokenize` split count as
+//! documents, which makes the error of long texts a little too small.
 
 use std::sync::Arc;
 

@@ -5,6 +5,7 @@
 //! expression says.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use lora_flow_core::{Error, Result, nearest};
 use minijinja::value::ValueKind;
@@ -104,8 +105,8 @@ fn references(rule: &str, inputs: &BTreeMap<String, Metrics>) -> Result<Vec<(Str
 /// Evaluates a rule.
 ///
 /// # Errors
-/// When it reads an unknown input or metric, compares metrics of different data without leave, or
-/// does not give true or false.
+/// When it reads an unknown input or metric, compares metrics of different data without leave or
+/// values of different kinds, or does not give true or false.
 pub(crate) fn evaluate(
     rule: &str,
     inputs: &BTreeMap<String, Metrics>,
@@ -162,6 +163,19 @@ pub(crate) fn evaluate(
         return Err(Error::new(format!("`{rule}` gives `{result}`, not true or false"))
             .with_hint("a rule compares: `candidate.perplexity < 0.97 * baseline.perplexity`"));
     }
+    // Values of two kinds have an order as well, so `x < '5'` would hold for every number x.
+    for operands in compared(rule) {
+        let found = operands.iter().filter_map(|text| Some((*text, run(text).ok()?.kind())));
+        let found: Vec<_> = found.collect();
+        if let Some(((first, kind), (other, other_kind))) =
+            found.iter().zip(found.iter().skip(1)).find(|((_, a), (_, b))| a != b)
+        {
+            return Err(Error::new(format!(
+                "`{rule}` compares `{first}`, a {kind}, with `{other}`, a {other_kind}"
+            ))
+            .with_hint("numbers stand in a rule without quotes or brackets"));
+        }
+    }
     finding.passed = result.is_true();
     if let Some((left, right)) = sides(rule) {
         let side = |text: &str| run(text).ok().and_then(|v| f64::try_from(v).ok());
@@ -201,10 +215,19 @@ fn check_data(
     Ok(())
 }
 
-/// The two sides of a rule that is a single comparison.
-fn sides(rule: &str) -> Option<(&str, &str)> {
+/// What parts an expression outside of its brackets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// A comparison.
+    Operator,
+    /// A word that binds looser than a comparison, or makes another one.
+    Word,
+}
+
+/// Comparisons and looser words of an expression outside of its brackets, with their places.
+fn marks(rule: &str) -> Option<Vec<(Mark, Range<usize>)>> {
     let bytes = rule.as_bytes();
-    let (mut depth, mut quote, mut found) = (0i32, None, None);
+    let (mut depth, mut quote, mut found) = (0i32, None, Vec::new());
     let mut i = 0;
     while i < bytes.len() {
         let byte = bytes[i];
@@ -224,9 +247,7 @@ fn sides(rule: &str) -> Option<(&str, &str)> {
                 } else {
                     return None;
                 };
-                if found.replace((i, i + len)).is_some() {
-                    return None;
-                }
+                found.push((Mark::Operator, i..i + len));
                 i += len - 1;
             }
             (None, b'a'..=b'z' | b'A'..=b'Z' | b'_') => {
@@ -234,11 +255,10 @@ fn sides(rule: &str) -> Option<(&str, &str)> {
                     .iter()
                     .position(|b| !(b.is_ascii_alphanumeric() || *b == b'_'))
                     .map_or(bytes.len(), |n| i + n);
-                // Words that bind looser than a comparison, or make another one.
                 let word = rule.get(i..end)?;
                 if depth == 0 && matches!(word, "and" | "or" | "not" | "if" | "else" | "in" | "is")
                 {
-                    return None;
+                    found.push((Mark::Word, i..end));
                 }
                 i = end - 1;
             }
@@ -246,8 +266,40 @@ fn sides(rule: &str) -> Option<(&str, &str)> {
         }
         i += 1;
     }
-    let (start, end) = found?;
-    Some((rule.get(..start)?.trim(), rule.get(end..)?.trim()))
+    Some(found)
+}
+
+/// The two sides of a rule that is a single comparison.
+fn sides(rule: &str) -> Option<(&str, &str)> {
+    match marks(rule)?.as_slice() {
+        [(Mark::Operator, at)] => Some((rule.get(..at.start)?.trim(), rule.get(at.end..)?.trim())),
+        _ => None,
+    }
+}
+
+/// What each comparison in an expression compares, also within `and`, `or`, `not` and brackets.
+fn compared(expression: &str) -> Vec<Vec<&str>> {
+    let expression = expression.trim();
+    let Some(marks) = marks(expression) else { return Vec::new() };
+    if marks.is_empty() {
+        let inner = expression.strip_prefix('(').and_then(|e| e.strip_suffix(')'));
+        return inner.map(compared).unwrap_or_default();
+    }
+    let mut groups = vec![Vec::new()];
+    let mut start = 0;
+    let end = (Mark::Word, expression.len()..expression.len());
+    for (mark, at) in marks.into_iter().chain([end]) {
+        let operand = expression.get(start..at.start).unwrap_or_default().trim();
+        groups.last_mut().into_iter().for_each(|group| group.push(operand));
+        if mark == Mark::Word {
+            groups.push(Vec::new());
+        }
+        start = at.end;
+    }
+    let inner: Vec<_> = groups.iter().flatten().flat_map(|operand| compared(operand)).collect();
+    groups.retain(|group| group.len() > 1);
+    groups.extend(inner);
+    groups
 }
 
 #[cfg(test)]
@@ -319,6 +371,28 @@ mod tests {
         let rule = "candidate.perplexity < other.perplexity";
         assert!(run(rule).unwrap_err().to_string().contains("different data"));
         assert!(!evaluate(rule, &inputs(), true).unwrap().passed);
+    }
+
+    #[test]
+    fn numbers_are_compared_with_numbers_alone() {
+        for rule in [
+            "candidate.perplexity < '5'",
+            "candidate.perplexity < 1 or candidate.perplexity < \"5\"",
+            "not (candidate.perplexity > 20 or 1 < candidate.perplexity < '5')",
+            "candidate.perplexity < [1]",
+            "(candidate.perplexity < 5) >= 0",
+        ] {
+            let error = run(rule).unwrap_err().to_string();
+            assert!(error.contains("compares"), "{error}");
+        }
+        for rule in [
+            "1 < candidate.perplexity < 19",
+            "(candidate.perplexity < 19) == (baseline.perplexity < 21)",
+            "not candidate.perplexity | round(1) > 19 and (candidate.perplexity) + (1) < 20",
+            "candidate.perplexity in [18] or false",
+        ] {
+            assert!(run(rule).unwrap().passed, "{rule}");
+        }
     }
 
     #[test]

@@ -34,6 +34,11 @@ fn architectures_differ_in_biases_norms_and_windows() {
     assert!(!llama.qkv_bias && !llama.qk_norm && llama.sliding_window.is_none());
     assert_eq!(llama.head_dim, 8);
     assert_eq!(of("MistralForCausalLM").sliding_window, Some(16));
+    // A window that is off is `null`; one that is not named is the class's default.
+    let off = json!({ "architectures": ["MistralForCausalLM"], "sliding_window": null });
+    assert_eq!(config(off).sliding_window, None);
+    let unnamed = json!({ "architectures": ["MistralForCausalLM"] });
+    assert_eq!(config(unnamed).sliding_window, Some(4096));
     let qwen2 = of("Qwen2ForCausalLM");
     assert!(qwen2.qkv_bias && !qwen2.o_bias && qwen2.sliding_window.is_none());
     let qwen3 = of("Qwen3ForCausalLM");

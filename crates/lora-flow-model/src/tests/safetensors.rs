@@ -133,5 +133,6 @@ fn a_folder_without_weights_says_so() {
     std::fs::write(dir.path().join("config.json"), "{}").unwrap();
     let model: Artifact = artifact(ArtifactKind::Model, dir.path());
     let error = WeightSource::open(&model).unwrap_err();
-    assert!(error.chain().contains("`model.safetensors`") && error.hint().is_some());
+    assert_eq!(error.chain(), "the model has no weights");
+    assert!(error.hint().unwrap().contains("`model.safetensors`"));
 }

@@ -202,6 +202,12 @@ impl Publication<'_> {
             io::copy(&mut from, &mut copy)
                 .and_then(|_| copy.sync_all())
                 .with_context(|| format!("cannot write `{}`", to.display()))?;
+            // What leaves the store is for others to trust: here its bytes are worth reading.
+            if hash_file(&to)? != file.digest {
+                let message = format!("the file `{}` is damaged in the store", file.name);
+                return Err(Error::new(message)
+                    .with_hint("run `lora-flow cache verify`, then run the pipeline again"));
+            }
         }
         self.write_marker(dir)
     }

@@ -23,7 +23,7 @@ pub struct Freed {
 }
 
 impl Store {
-    /// Removes entries that none of the newest `keep_runs` runs used and that are older than
+    /// Removes entries that none of the newest `keep_runs` ended runs used and that are older than
     /// `age`, the blobs that no entry needs any more, and records of runs, states of unfinished
     /// tasks and plugin builds that are neither recent nor young. With `dry_run` only counts.
     ///
@@ -40,12 +40,16 @@ impl Store {
         };
         let mut sweep = Sweep { dry_run, freed: Freed::default() };
 
-        let runs = record::run_ids(self)?;
-        let (recent, old) = runs.split_at(keep_runs.min(runs.len()));
         let mut reached: HashSet<Digest> = HashSet::new();
-        for id in recent {
-            if let Ok(report) = record::load_report(self, id) {
+        let (mut recent, mut old) = (0, Vec::new());
+        for id in record::run_ids(self)? {
+            if recent == keep_runs {
+                old.push(id);
+            } else if let Ok(report) = record::load_report(self, &id) {
+                // A run that was killed says nothing of its tasks; it must not take the place of
+                // one that does.
                 reached.extend(report.tasks.iter().filter_map(|t| t.key));
+                recent += 1;
             }
         }
 

@@ -1,6 +1,7 @@
 //! Kernel locks on files: free at once when their holder dies, so none is ever stale.
 
 use std::fs::{File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -111,7 +112,7 @@ impl FileLock {
 fn open(path: &Path) -> Result<File> {
     let open = || OpenOptions::new().create(true).truncate(false).write(true).open(path);
     let opened = match open() {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+        Err(e) if e.kind() == ErrorKind::NotFound => {
             if let Some(parent) = path.parent() {
                 fs_err::create_dir_all(parent)?;
             }
@@ -119,7 +120,13 @@ fn open(path: &Path) -> Result<File> {
         }
         other => other,
     };
-    opened.map_err(|e| Error::new(format!("cannot open `{}`", path.display())).with_source(e))
+    opened.map_err(|e| {
+        let error = Error::new(format!("cannot open `{}`", path.display()));
+        let hint = "the store must be writable; `--cache-dir` names another one";
+        let denied =
+            matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem);
+        if denied { error.with_hint(hint).with_source(e) } else { error.with_source(e) }
+    })
 }
 
 /// Name of the lock that runs share and that cleaning takes for itself.

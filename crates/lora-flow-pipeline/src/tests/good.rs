@@ -329,5 +329,5 @@ fn manifests_of_the_plugins_in_this_repository_are_sound() {
         }
     }
     kinds.sort();
-    assert_eq!(kinds, ["pip-fetch", "rust-docs"]);
+    assert_eq!(kinds, ["pip-fetch", "rust-docs", "tiny-model"]);
 }

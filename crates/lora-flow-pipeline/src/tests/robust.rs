@@ -132,3 +132,12 @@ fn bombs_and_towers_are_refused() {
     let found = problems(compile(&tower));
     assert!(found.contains("nested deeper than 64 levels"), "{found}");
 }
+
+#[test]
+fn values_too_large_to_walk_through_are_refused() {
+    for expression in ["[1] * 90000000", "[[[1] * 999] * 999] * 999", "{'a': [1] * 90000000}"] {
+        let text = "tasks: { a: { uses: model, with: { source: \"${{ X }}\" } } }";
+        let found = problems(compile(&text.replace('X', expression)));
+        assert!(found.contains("has too large a value"), "{found}");
+    }
+}

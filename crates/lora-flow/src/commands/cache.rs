@@ -20,21 +20,21 @@ pub fn cache(command: &CacheCommand) -> Result<i32, Failure> {
                     .iter()
                     .map(|e| json!({ "key": e.key, "kind": e.kind, "created": e.created, "size": e.size }))
                     .collect();
-                outln!("{}", serde_json::to_string_pretty(&entries)?);
+                println!("{}", serde_json::to_string_pretty(&entries)?);
                 return Ok(0);
             }
             let mut rows = table(&["key", "kind", "created", "size"]);
             for entry in &entries {
                 rows.add_row([&entry.key.short(), &entry.kind, &entry.created, &bytes(entry.size)]);
             }
-            outln!("{}", rows.trim_fmt());
+            println!("{}", rows.trim_fmt());
             Ok(0)
         }
         CacheCommand::Gc { keep_runs, keep_days, dry_run } => {
-            let age = Duration::from_secs(keep_days * 24 * 3600);
+            let age = Duration::from_secs(keep_days.saturating_mul(24 * 3600));
             let freed = engine.gc(*keep_runs, age, *dry_run)?;
             let verb = if *dry_run { "would free" } else { "freed" };
-            outln!(
+            println!(
                 "{verb} {} in {} and {}",
                 bytes(freed.bytes),
                 count(freed.entries, "entry").replace("entrys", "entries"),
@@ -44,15 +44,15 @@ pub fn cache(command: &CacheCommand) -> Result<i32, Failure> {
         }
         CacheCommand::Verify => {
             let report = store.verify()?;
-            outln!("checked {} in {}", bytes(report.bytes), count(report.blobs, "file"));
+            println!("checked {} in {}", bytes(report.bytes), count(report.blobs, "file"));
             for problem in &report.problems {
                 eprintln!("{problem}");
             }
             if report.problems.is_empty() {
-                outln!("the store is sound");
+                println!("the store is sound");
                 return Ok(0);
             }
-            outln!(
+            println!(
                 "{} set aside; the next run recomputes what it needs",
                 count(report.problems.len(), "corrupt file")
             );

@@ -29,7 +29,10 @@ struct Row {
 
 pub fn diff(a: &str, b: &str, all: bool, as_json: bool) -> Result<i32, Failure> {
     let engine = commands::engine_here()?;
-    let (a, b) = (engine.load_record(a)?, engine.load_record(b)?);
+    let (a, b) = (
+        engine.load_record(a).map_err(Failure::Usage)?,
+        engine.load_record(b).map_err(Failure::Usage)?,
+    );
     let (left, right) = (Side::read(&engine, &a), Side::read(&engine, &b));
     let sections = [
         ("parameters", rows(&left.parameters, &right.parameters, all)),
@@ -51,22 +54,22 @@ pub fn diff(a: &str, b: &str, all: bool, as_json: bool) -> Result<i32, Failure> 
         for (title, rows) in &sections {
             out[title] = rows.iter().map(Row::json).collect();
         }
-        outln!("{}", serde_json::to_string_pretty(&out)?);
+        println!("{}", serde_json::to_string_pretty(&out)?);
         return Ok(0);
     }
     if sections.iter().all(|(_, rows)| rows.is_empty()) {
-        outln!("no differences between {id_a} and {id_b}");
+        println!("no differences between {id_a} and {id_b}");
         return Ok(0);
     }
     for (i, (title, rows)) in sections.iter().filter(|(_, rows)| !rows.is_empty()).enumerate() {
         if i > 0 {
-            outln!();
+            println!();
         }
         let mut shown = table(&[title, id_a, id_b, "change"]);
         for row in rows {
             shown.add_row([row.name.clone(), text(&row.a), text(&row.b), row.change()]);
         }
-        outln!("{}", shown.trim_fmt());
+        println!("{}", shown.trim_fmt());
     }
     Ok(0)
 }

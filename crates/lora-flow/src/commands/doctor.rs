@@ -6,31 +6,31 @@ use crate::table::bytes;
 use crate::ui::Failure;
 
 pub fn doctor() -> Result<i32, Failure> {
-    outln!(
+    println!(
         "lora-flow {} on {}-{}",
         env!("CARGO_PKG_VERSION"),
         std::env::consts::ARCH,
         std::env::consts::OS
     );
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    outln!("cpu        {cpus} threads, {}", cpu_features());
+    println!("cpu        {cpus} threads, {}", cpu_features());
     match memory_total() {
-        Some(n) => outln!("memory     {}", bytes(n)),
-        None => outln!("memory     unknown"),
+        Some(n) => println!("memory     {}", bytes(n)),
+        None => println!("memory     unknown"),
     }
-    outln!("cuda       not built in");
-    outln!(
+    println!("cuda       not built in");
+    println!(
         "python3    {} (external plugins in Python, such as `pip-fetch`)",
         version("python3", &["--version"])
     );
-    outln!("pip        {}", version("python3", &["-m", "pip", "--version"]));
-    outln!(
+    println!("pip        {}", version("python3", &["-m", "pip", "--version"]));
+    println!(
         "cargo      {} (external plugins in Rust, such as `rust-docs`)",
         version("cargo", &["--version"])
     );
     let docs = output("rustc", &["--print", "sysroot"])
         .map(|root| std::path::Path::new(&root).join("share/doc/rust/html/book"));
-    outln!(
+    println!(
         "rust-docs  {}",
         match docs {
             Some(path) if path.is_dir() => "installed",

@@ -19,7 +19,7 @@ use crate::table::duration;
 use crate::ui::{self, Failure};
 
 pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
-    let device = open_device(args.device)?;
+    let device = open_device(args.device).map_err(Failure::Usage)?;
     let model = open_dir(ArtifactKind::Model, &args.model)?;
     let tokenizer = TextTokenizer::open(&model)?;
     let started = Instant::now();
@@ -62,17 +62,17 @@ pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
         let wall = started.elapsed();
         let text = tokenizer.decode(&tokens)?;
         if !args.json {
-            outln!(
+            println!(
                 "── {name} ({}, {}) ──",
                 ui::count(tokens.len(), "token"),
                 rate(tokens.len(), wall)
             );
-            outln!("{}\n", text.trim_end());
+            println!("{}\n", text.trim_end());
         }
         answers.push(json!({ "adapter": name, "text": text, "tokens": tokens.len(), "seconds": wall.as_secs_f64() }));
     }
     if args.json {
-        outln!("{}", serde_json::to_string_pretty(&answers)?);
+        println!("{}", serde_json::to_string_pretty(&answers)?);
     }
     Ok(0)
 }

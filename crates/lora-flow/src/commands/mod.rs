@@ -74,7 +74,8 @@ fn engine_here() -> Result<Engine, Failure> {
     let cache_dir = ui::global().cache_dir.as_deref();
     let here = std::env::current_dir()?;
     let root = here.ancestors().find(|dir| dir.join(".lora-flow").is_dir()).map(Path::to_owned);
-    let exists = cache_dir.is_some_and(Path::is_dir) || (cache_dir.is_none() && root.is_some());
+    let exists = cache_dir.is_some_and(|dir| dir.join("format").is_file())
+        || (cache_dir.is_none() && root.is_some());
     if !exists {
         return Err(Failure::Usage(
             Error::new("there is no artifact store here")
@@ -92,7 +93,7 @@ fn display_path(path: &Path) -> String {
 
 fn check(args: &PipelineArgs) -> Result<i32, Failure> {
     let plan = load(args)?;
-    outln!("{} is valid: {}", args.pipeline.display(), ui::count(plan.tasks.len(), "task"));
+    println!("{} is valid: {}", args.pipeline.display(), ui::count(plan.tasks.len(), "task"));
     Ok(0)
 }
 
@@ -102,6 +103,6 @@ fn draw(args: &GraphArgs) -> Result<i32, Failure> {
         GraphFormat::Mermaid => lora_flow_pipeline::GraphFormat::Mermaid,
         GraphFormat::Dot => lora_flow_pipeline::GraphFormat::Dot,
     };
-    out!("{}", lora_flow_pipeline::graph(&plan, format));
+    print!("{}", lora_flow_pipeline::graph(&plan, format));
     Ok(0)
 }

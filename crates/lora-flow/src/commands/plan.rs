@@ -19,8 +19,9 @@ pub fn plan(args: &PlanArgs) -> Result<i32, Failure> {
 /// `--force` must name tasks of the pipeline.
 pub fn check_forced(plan: &Plan, force: &[String]) -> Result<(), Failure> {
     let ids = || plan.tasks.iter().map(|t| t.id.as_str());
-    let Some(unknown) = force.iter().find(|f| *f != "*" && !ids().any(|id| id == f.as_str()))
-    else {
+    // The name of a matrix task stands for all its members.
+    let named = |name: &str| ids().any(|id| id == name || id.split('[').next() == Some(name));
+    let Some(unknown) = force.iter().find(|f| *f != "*" && !named(f)) else {
         return Ok(());
     };
     let error = Error::new(format!("`--force` names the unknown task `{unknown}`"));
@@ -51,7 +52,7 @@ pub fn print(
                 json!({ "task": task.id, "kind": task.kind, "state": state, "reasons": reasons })
             })
             .collect();
-        outln!("{}", serde_json::to_string_pretty(&tasks)?);
+        println!("{}", serde_json::to_string_pretty(&tasks)?);
         return Ok(0);
     }
     let mut rows = table(&["task", "kind", "state", "why"]);
@@ -69,6 +70,6 @@ pub fn print(
         };
         rows.add_row([task.id.as_str(), task.kind.as_str(), state, why.as_str()]);
     }
-    outln!("{}\n\n{cached} of {} cached", rows.trim_fmt(), tasks.len());
+    println!("{}\n\n{cached} of {} cached", rows.trim_fmt(), tasks.len());
     Ok(0)
 }

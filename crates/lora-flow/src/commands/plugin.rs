@@ -26,9 +26,9 @@ pub fn check(dir: &Path) -> Result<i32, Failure> {
     let checked = build(&manifest, &products).and_then(|()| find_program(&manifest, &products));
     fs_err::remove_dir_all(&products)?;
     checked?;
-    outln!("plugin {} {} is valid", manifest.name, manifest.version);
+    println!("plugin {} {} is valid", manifest.name, manifest.version);
     for kind in &manifest.kinds {
-        outln!("  {}: {} → {}", kind.name, ports(&kind.inputs), ports(&kind.outputs));
+        println!("  {}: {} → {}", kind.name, ports(&kind.inputs), ports(&kind.outputs));
     }
     Ok(0)
 }

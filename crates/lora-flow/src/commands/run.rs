@@ -14,6 +14,8 @@ use crate::{commands, progress};
 pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     let plan = commands::load(&args.pipeline)?;
     commands::plan::check_forced(&plan, &args.choice.force)?;
+    // A device that cannot be had is better known now than after the tasks before training.
+    lora_flow_train::open_device(args.choice.device).map_err(Failure::Usage)?;
     let engine = commands::engine(&plan)?;
     if args.dry_run {
         return commands::plan::print(&engine, &plan, &args.choice, args.json);
@@ -44,7 +46,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     };
     let report = engine.run(&plan, &options, progress::observer(args.ci))?;
     if args.json {
-        outln!("{}", serde_json::to_string_pretty(&report)?);
+        println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print_report(&report);
     }
@@ -59,7 +61,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
 pub fn print_report(report: &RunReport) {
     for task in &report.tasks {
         if matches!(task.status, Status::Denied { .. }) {
-            out!("{}: the gate says no\n{}", task.id, indent(&task.report));
+            print!("{}: the gate says no\n{}", task.id, indent(&task.report));
         }
     }
     print_tasks(report);
@@ -84,7 +86,7 @@ pub fn print_tasks(report: &RunReport) {
             result(task),
         ]);
     }
-    outln!("{}", rows.trim_fmt());
+    println!("{}", rows.trim_fmt());
     let of =
         |wanted: fn(&Status) -> bool| report.tasks.iter().filter(|t| wanted(&t.status)).count();
     let mut parts = Vec::new();
@@ -100,7 +102,7 @@ pub fn print_tasks(report: &RunReport) {
             parts.push(format!("{n} {word}"));
         }
     }
-    outln!("\nrun {} · {} · {}", report.run_id, parts.join(", "), duration(report.wall));
+    println!("\nrun {} · {} · {}", report.run_id, parts.join(", "), duration(report.wall));
 }
 
 /// How a task ended, in a word.

@@ -1,7 +1,7 @@
 //! `lora-flow runs`, `show` and `logs`: what past runs left.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::time::Duration;
 
 use lora_flow_core::{Error, nearest};
@@ -9,7 +9,7 @@ use lora_flow_pipeline::{Engine, RunReport};
 
 use crate::commands::{self, run};
 use crate::table::{bytes, duration, table};
-use crate::ui::{self, Failure};
+use crate::ui::Failure;
 
 /// How often `logs --follow` looks.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
@@ -19,7 +19,7 @@ pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
     let mut runs = engine.runs()?;
     runs.truncate(limit);
     if json {
-        outln!("{}", serde_json::to_string_pretty(&runs)?);
+        println!("{}", serde_json::to_string_pretty(&runs)?);
         return Ok(0);
     }
     let mut rows = table(&["run", "pipeline", "started", "time", "outcome"]);
@@ -32,17 +32,17 @@ pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
         };
         rows.add_row([&run.run_id, &run.name, &run.started, &duration(run.wall), outcome]);
     }
-    outln!("{}", rows.trim_fmt());
+    println!("{}", rows.trim_fmt());
     Ok(0)
 }
 
 pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
-    let report = commands::engine_here()?.load_run(id)?;
+    let report = commands::engine_here()?.load_run(id).map_err(Failure::Usage)?;
     if json {
-        outln!("{}", serde_json::to_string_pretty(&report)?);
+        println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(0);
     }
-    outln!("pipeline {} · started {}\n", report.name, report.started);
+    println!("pipeline {} · started {}\n", report.name, report.started);
     run::print_tasks(&report);
     let mut outputs = table(&["artifact", "kind", "size", "digest"]);
     for task in &report.tasks {
@@ -55,17 +55,17 @@ pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
             ]);
         }
     }
-    outln!("\n{}", outputs.trim_fmt());
+    println!("\n{}", outputs.trim_fmt());
     for task in report.tasks.iter().filter(|t| !t.report.is_empty()) {
-        outln!("\n── {} ──\n{}", task.id, task.report.trim_end());
+        println!("\n── {} ──\n{}", task.id, task.report.trim_end());
     }
     for task in &report.tasks {
         if let Some(error) = &task.error {
-            outln!("\n── {} failed ──\n{}", task.id, error.message);
+            println!("\n── {} failed ──\n{}", task.id, error.message);
             if let Some(hint) = &error.hint {
-                outln!("hint: {hint}");
+                println!("hint: {hint}");
             }
-            outln!("log: {}", commands::display_path(&error.log));
+            println!("log: {}", commands::display_path(&error.log));
         }
     }
     Ok(0)
@@ -76,12 +76,12 @@ pub fn logs(id: &str, task: &str, follow: bool) -> Result<i32, Failure> {
     if follow {
         return follow_log(&engine, id, task);
     }
-    let report = engine.load_run(id)?;
+    let report = engine.load_run(id).map_err(Failure::Usage)?;
     known_task(&report, task)?;
     let path = engine.log_path(&report.run_id, task);
     match fs_err::read_to_string(&path) {
-        Ok(text) => out!("{text}"),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+        Ok(text) => print!("{text}"),
+        Err(e) if e.kind() == ErrorKind::NotFound => {
             eprintln!("task `{task}` did not execute in run {} and left no log", report.run_id);
         }
         Err(e) => return Err(e.into()),
@@ -97,7 +97,7 @@ fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
         [one] => one.clone(),
         [newest, ..] if id == "latest" => newest.clone(),
         // The one place that says what is wrong with an id.
-        _ => engine.load_run(id)?.run_id,
+        _ => engine.load_run(id).map_err(Failure::Usage)?.run_id,
     };
     let path = engine.log_path(&run, task);
     let mut printed = 0;
@@ -117,13 +117,17 @@ fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
                     Some(_) => new.len(),
                     None => new.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1),
                 };
-                out!("{}", String::from_utf8_lossy(&new[..whole]));
+                let mut stdout = std::io::stdout().lock();
+                match stdout.write_all(&new[..whole]).and_then(|()| stdout.flush()) {
+                    Err(e) if e.kind() == ErrorKind::BrokenPipe => return Ok(0),
+                    other => other?,
+                }
                 printed += whole as u64;
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => return Err(e.into()),
         }
-        if ended.is_some() || ui::stdout_closed() {
+        if ended.is_some() {
             return Ok(0);
         }
         std::thread::sleep(FOLLOW_INTERVAL);

@@ -42,9 +42,9 @@ pub fn init(args: &InitArgs) -> Result<i32, Failure> {
     } else {
         format!("  cd {}\n", dir.display())
     };
-    outln!("\nnext:\n{cd}  lora-flow check pipeline.yaml\n  lora-flow run pipeline.yaml");
+    println!("\nnext:\n{cd}  lora-flow check pipeline.yaml\n  lora-flow run pipeline.yaml");
     if args.model.is_none() {
-        outln!(
+        println!(
             "\nIt reads and splits the sample rows, which needs no model. To train: put a Hugging Face\n\
              folder or a GGUF file at `models/base`, or name yours in pipeline.yaml, and remove the\n\
              `# ` from the tasks at its end; or start with `lora-flow init --model PATH`."
@@ -127,11 +127,11 @@ pub fn plugin_new(args: &PluginNewArgs) -> Result<i32, Failure> {
     };
     write_new(&dir, &files)?;
     let shown = dir.display();
-    outln!("\nnext:");
+    println!("\nnext:");
     if args.lang == Language::Rust {
-        outln!("  (cd {shown} && cargo generate-lockfile)");
+        println!("  (cd {shown} && cargo generate-lockfile)");
     }
-    outln!(
+    println!(
         "  lora-flow plugin check {shown}\n\nand in a pipeline, with the folder as seen from its \
          root:\n  plugins: [{shown}]\n  tasks:\n    rows: {{ uses: {name} }}"
     );
@@ -157,7 +157,7 @@ fn write_new(dir: &Path, files: &[NewFile]) -> Result<(), Failure> {
             fs_err::create_dir_all(parent)?;
         }
         fs_err::write(&path, content)?;
-        outln!("made {}", commands::display_path(&path));
+        println!("made {}", commands::display_path(&path));
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use crate::ui::Failure;
 
 pub fn tasks(kind: Option<&str>, markdown: bool) -> Result<i32, Failure> {
     if markdown {
-        out!("{}", reference_page(&builtin_kinds(BUILTIN)));
+        print!("{}", reference_page(&builtin_kinds(BUILTIN)));
         return Ok(0);
     }
     let kinds = builtin_kinds(BUILTIN);
@@ -18,7 +18,7 @@ pub fn tasks(kind: Option<&str>, markdown: bool) -> Result<i32, Failure> {
         for kind in &kinds {
             rows.add_row([&kind.name, &kind.summary]);
         }
-        outln!(
+        println!(
             "{}\n\n`lora-flow tasks KIND` describes one; plugins add kinds of their own",
             rows.trim_fmt()
         );
@@ -31,11 +31,11 @@ pub fn tasks(kind: Option<&str>, markdown: bool) -> Result<i32, Failure> {
             None => error.with_hint("`lora-flow tasks` lists them"),
         }));
     };
-    out!("{}", kind_reference(kind));
+    print!("{}", kind_reference(kind));
     Ok(0)
 }
 
 pub fn schema() -> Result<i32, Failure> {
-    outln!("{}", serde_json::to_string_pretty(&pipeline_schema(&builtin_kinds(BUILTIN)))?);
+    println!("{}", serde_json::to_string_pretty(&pipeline_schema(&builtin_kinds(BUILTIN)))?);
     Ok(0)
 }

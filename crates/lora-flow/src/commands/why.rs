@@ -38,16 +38,16 @@ pub fn why(args: &WhyArgs) -> Result<i32, Failure> {
             "task": status.id, "kind": status.kind, "state": state, "reasons": reasons,
             "key": digest, "pending_inputs": pending, "parts": explained,
         });
-        outln!("{}", serde_json::to_string_pretty(&out)?);
+        println!("{}", serde_json::to_string_pretty(&out)?);
         return Ok(0);
     }
-    outln!("{}: {state}", status.id);
+    println!("{}: {state}", status.id);
     for reason in &reasons {
-        outln!("  {reason}");
+        println!("  {reason}");
     }
     match digest {
-        Some(digest) => outln!("\nkey {}", digest.short()),
-        None => outln!("\nkey not known before its inputs are made; so far"),
+        Some(digest) => println!("\nkey {}", digest.short()),
+        None => println!("\nkey not known before its inputs are made; so far"),
     }
     print_parts(key, &explained.references, &explained.files);
     Ok(0)
@@ -58,22 +58,22 @@ fn print_parts(
     references: &BTreeMap<String, Vec<String>>,
     files: &BTreeMap<String, Vec<String>>,
 ) {
-    outln!("  kind    {}, version {}", key.kind, key.version);
+    println!("  kind    {}, version {}", key.kind, key.version);
     let mut params = BTreeMap::new();
     flatten("with", &key.params, &mut params);
     for (name, value) in &params {
-        outln!("  {name}: {value}");
+        println!("  {name}: {value}");
     }
     print_digests("input", &key.inputs, references);
     print_digests("file ", &key.files, files);
     for (name, digest) in &key.env {
-        outln!("  env     {name} {}", digest.short());
+        println!("  env     {name} {}", digest.short());
     }
     if key.extra != Value::Null {
-        outln!("  extra   {}", key.extra);
+        println!("  extra   {}", key.extra);
     }
     if let Some(device) = &key.device {
-        outln!("  device  {device}");
+        println!("  device  {device}");
     }
 }
 
@@ -85,7 +85,7 @@ fn print_digests(
     for (place, digests) in digests {
         let names = names.get(place).into_iter().flatten();
         for (digest, name) in digests.iter().zip(names) {
-            outln!("  {what}   {place}: {name} {}", digest.short());
+            println!("  {what}   {place}: {name} {}", digest.short());
         }
     }
 }
@@ -105,7 +105,7 @@ pub fn status(args: &PlanArgs) -> Result<i32, Failure> {
             1 => format!("  ({})", reasons[0]),
             n => format!("  ({}; {} more)", reasons[0], n - 1),
         };
-        outln!("{state:<8}  {}{more}", task.id);
+        println!("{state:<8}  {}{more}", task.id);
     }
     Ok(0)
 }

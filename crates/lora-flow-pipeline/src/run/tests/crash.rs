@@ -235,6 +235,17 @@ fn cleaning_keeps_what_recent_runs_and_young_entries_need() {
 }
 
 #[test]
+fn killed_runs_do_not_take_the_place_of_those_that_ended() {
+    let bench = chain();
+    bench.run();
+    for killed in ["29990101-000000-0001", "29990101-000000-0002"] {
+        fs::create_dir_all(bench.store_dir().join("runs").join(killed)).unwrap();
+    }
+    let freed = bench.engine().gc(1, Duration::ZERO, false).unwrap();
+    assert_eq!((freed.entries, freed.blobs, freed.runs), (0, 0, 0));
+}
+
+#[test]
 fn cleaning_refuses_beside_a_running_pipeline_and_verification_does_not() {
     let mut bench = Bench::new();
     let (started, is_started) = mpsc::channel::<()>();

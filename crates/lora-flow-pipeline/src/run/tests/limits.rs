@@ -1,11 +1,12 @@
 //! Order, parallelism and publishing.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use lora_flow_core::Digest;
 use serde_json::json;
 
 use super::bench::{Bench, files_below, out};
@@ -192,6 +193,24 @@ fn what_is_not_ours_is_not_touched() {
         error.message
     );
     assert_eq!(read(&other, "text"), "one");
+}
+
+#[test]
+fn damaged_bytes_are_not_published() {
+    let bench = publishing("one");
+    bench.run();
+    fs::remove_dir_all(bench.path("out")).unwrap();
+    let store = bench.engine().store().clone();
+    let blob = store.blob_path(&Digest::of_bytes(b"more"));
+    fs::set_permissions(&blob, Permissions::from_mode(0o644)).unwrap();
+    fs::write(&blob, "mure").unwrap();
+    let report = bench.run();
+    let error = out(&report, "a").error.as_ref().unwrap();
+    assert!(error.message.ends_with("the file `sub/more` is damaged in the store"), "{error:?}");
+    assert!(files_below(&bench.path("out")).is_empty());
+    store.verify().unwrap();
+    assert_eq!(bench.run().exit_code(), 0);
+    assert_eq!(read(&bench, "sub/more"), "more");
 }
 
 #[test]
