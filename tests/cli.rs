@@ -134,4 +134,8 @@ fn a_log_is_followed_until_the_run_ends() {
     assert!(!whole.is_empty());
     assert_eq!(followed, whole);
     project.expect(2, &["logs", "-f", "latest", "trian"]);
+    // A run that was killed leaves a folder and no record, and holds nothing.
+    std::fs::create_dir(runs.join("29991231-000000-0000")).unwrap();
+    let killed = project.expect(1, &["logs", "-f", "latest", "train"]).stderr;
+    assert!(killed.contains("run 29991231-000000-0000 was killed"), "{killed}");
 }

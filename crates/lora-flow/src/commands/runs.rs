@@ -103,6 +103,7 @@ fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
     let mut printed = 0;
     loop {
         // The record is looked for first: what the log gets before it is then printed below.
+        let in_use = engine.store().in_use()?;
         let ended = engine.load_run(&run).ok();
         if let Some(report) = &ended {
             known_task(report, task)?;
@@ -129,6 +130,11 @@ fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
         }
         if ended.is_some() {
             return Ok(0);
+        }
+        // A run holds the store until its record is written.
+        if !in_use {
+            let error = Error::new(format!("run {run} was killed: it has no record"));
+            return Err(error.with_hint("a new run goes on from what it saved").into());
         }
         std::thread::sleep(FOLLOW_INTERVAL);
     }
