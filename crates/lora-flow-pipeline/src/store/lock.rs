@@ -153,6 +153,14 @@ impl Store {
         })
     }
 
+    /// Whether a run, a reader or a cleaning is at work in the store now.
+    ///
+    /// # Errors
+    /// When the store cannot be locked at all.
+    pub fn in_use(&self) -> Result<bool> {
+        Ok(FileLock::try_exclusive(&self.lock_path(STORE_LOCK))?.is_none())
+    }
+
     /// For cleaning: no run is at work while this is held.
     pub(super) fn lock_for_cleaning(&self) -> Result<FileLock> {
         FileLock::try_exclusive(&self.lock_path(STORE_LOCK))?.ok_or_else(|| {

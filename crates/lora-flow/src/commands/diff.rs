@@ -29,7 +29,10 @@ struct Row {
 
 pub fn diff(a: &str, b: &str, all: bool, as_json: bool) -> Result<i32, Failure> {
     let engine = commands::engine_here()?;
-    let (a, b) = (engine.load_record(a)?, engine.load_record(b)?);
+    let (a, b) = (
+        engine.load_record(a).map_err(Failure::Usage)?,
+        engine.load_record(b).map_err(Failure::Usage)?,
+    );
     let (left, right) = (Side::read(&engine, &a), Side::read(&engine, &b));
     let sections = [
         ("parameters", rows(&left.parameters, &right.parameters, all)),

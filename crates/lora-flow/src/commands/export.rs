@@ -14,7 +14,7 @@ const FORMAT: u32 = 1;
 
 pub fn export(run: &str) -> Result<i32, Failure> {
     let engine = commands::engine_here()?;
-    let record = engine.load_record(run)?;
+    let record = engine.load_record(run).map_err(Failure::Usage)?;
     let report = &record.report;
     let mut artifacts = BTreeMap::new();
     for task in &report.tasks {

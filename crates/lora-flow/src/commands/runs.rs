@@ -1,7 +1,7 @@
 //! `lora-flow runs`, `show` and `logs`: what past runs left.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::time::Duration;
 
 use lora_flow_core::{Error, nearest};
@@ -81,7 +81,7 @@ pub fn logs(id: &str, task: &str, follow: bool) -> Result<i32, Failure> {
     let path = engine.log_path(&report.run_id, task);
     match fs_err::read_to_string(&path) {
         Ok(text) => print!("{text}"),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+        Err(e) if e.kind() == ErrorKind::NotFound => {
             eprintln!("task `{task}` did not execute in run {} and left no log", report.run_id);
         }
         Err(e) => return Err(e.into()),
@@ -97,12 +97,13 @@ fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
         [one] => one.clone(),
         [newest, ..] if id == "latest" => newest.clone(),
         // The one place that says what is wrong with an id.
-        _ => engine.load_run(id)?.run_id,
+        _ => engine.load_run(id).map_err(Failure::Usage)?.run_id,
     };
     let path = engine.log_path(&run, task);
     let mut printed = 0;
     loop {
         // The record is looked for first: what the log gets before it is then printed below.
+        let in_use = engine.store().in_use()?;
         let ended = engine.load_run(&run).ok();
         if let Some(report) = &ended {
             known_task(report, task)?;
@@ -120,11 +121,16 @@ fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
                 print!("{}", String::from_utf8_lossy(&new[..whole]));
                 printed += whole as u64;
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => return Err(e.into()),
         }
         if ended.is_some() || crate::out::stdout_closed() {
             return Ok(0);
+        }
+        // A run holds the store until its record is written.
+        if !in_use {
+            let error = Error::new(format!("run {run} was killed: it has no record"));
+            return Err(error.with_hint("a new run goes on from what it saved").into());
         }
         std::thread::sleep(FOLLOW_INTERVAL);
     }
