@@ -48,6 +48,9 @@ pub(super) fn confine(command: &mut Command, scope: &Scope) -> Result<Option<&'s
         (None, Some(None)) => Some("can read and write all that you can, and use the network"),
         (None, _) => Some("can read and write all that you can"),
         (Some(_), Some(None)) => Some("can use the network other than by TCP"),
+        (Some(_), _) if linux::version() < linux::HOLDS_TRUNCATION => {
+            Some("can empty all files that you can write")
+        }
         (Some(_), _) => None,
     };
     let sockets = sockets.flatten();
@@ -135,6 +138,19 @@ mod linux {
 
     /// The newest Landlock this was tried with. An older kernel holds what it can.
     const NEWEST: ABI = ABI::V7;
+
+    /// The first Landlock that keeps files from being cut off by `truncate` (Linux 6.2).
+    pub(super) const HOLDS_TRUNCATION: libc::c_long = 3;
+
+    /// The kernel's version of Landlock; none is at most 0.
+    pub(super) fn version() -> libc::c_long {
+        const ASK: libc::c_uint = 1; // LANDLOCK_CREATE_RULESET_VERSION
+        // SAFETY: a plain system call; with this flag it reads no memory.
+        unsafe {
+            let nothing = std::ptr::null::<libc::c_void>();
+            libc::syscall(libc::SYS_landlock_create_ruleset, nothing, 0usize, ASK)
+        }
+    }
 
     /// A Landlock ruleset for a command; none where the kernel has no Landlock.
     pub(super) fn files(command: &Command, scope: &Scope) -> Result<Option<OwnedFd>> {

@@ -48,6 +48,7 @@ fn files_outside_can_neither_be_read_nor_listed_nor_written() {
     refused(&format!("cat {secret}"));
     refused(&format!("ls {dir}"));
     refused(&format!("echo x >> {secret}"));
+    refused(&format!("truncate -s 0 {secret}"));
     refused(&format!("rm {secret}"));
     refused(&format!("mkdir {dir}/new"));
     refused("echo x > /etc/lora-flow-test");
