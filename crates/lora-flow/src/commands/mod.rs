@@ -1,5 +1,6 @@
 //! The commands; one file each, but for the smallest.
 
+mod bench;
 mod cache;
 mod doctor;
 mod generate;
@@ -30,6 +31,7 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),
         Command::Schema => tasks::schema(),
         Command::Generate(args) => generate::generate(&args),
+        Command::Bench { command } => bench::bench(&command),
         Command::Doctor => doctor::doctor(),
     }
 }
