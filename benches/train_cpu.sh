@@ -4,14 +4,17 @@
 #
 #   MODEL=out/domain_adapt_base ROUNDS=3 BATCH=4x256 STEPS=2 bash benches/train_cpu.sh
 #
-# Also read: LORA_FLOW (the binary), PYTHON (with torch, transformers, peft), PEERS (modes of
-# benches/peers/peft_cpu.py).
+# THREADS=1 compares one core with one: on a machine that others use, threads that wait for each
+# other burn processor time. Also read: LORA_FLOW (the binary), PYTHON (with torch, transformers,
+# peft), PEERS (modes of benches/peers/peft_cpu.py).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 : "${MODEL:?name a published model folder, as MODEL=out/domain_adapt_base}"
 LORA_FLOW=${LORA_FLOW:-$here/../target/release/lora-flow}
 PYTHON=${PYTHON:-python3}
 ROUNDS=${ROUNDS:-3} BATCH=${BATCH:-4x256} STEPS=${STEPS:-2} PEERS=${PEERS:-f32 bf16 forward}
+THREADS=${THREADS:-$(nproc)}
+export RAYON_NUM_THREADS=$THREADS
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 
@@ -22,7 +25,7 @@ for round in $(seq "$ROUNDS"); do
     if [[ $mode == forward* ]]; then
       "$LORA_FLOW" bench eval --model "$MODEL" --batch "$BATCH" --steps "$STEPS" --json >"$results/own-eval.$round"
     fi
-    "$PYTHON" "$here/peers/peft_cpu.py" --mode "$mode" --batch "$BATCH" --steps "$STEPS" >"$results/peer-$mode.$round"
+    "$PYTHON" "$here/peers/peft_cpu.py" --mode "$mode" --batch "$BATCH" --steps "$STEPS" --threads "$THREADS" >"$results/peer-$mode.$round"
   done
 done
 
