@@ -1,6 +1,7 @@
 //! Gated activation of the MLP: h = act(gate) · up, and its backward.
 
 use crate::common::{self, View, all_cpu_f32, expect_shape, tensor};
+use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch, exp, sigmoid};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -24,6 +25,7 @@ pub enum Act {
 /// # Errors
 /// If the shapes differ.
 pub fn swiglu_forward(gate: &Tensor, up: &Tensor, act: Act) -> Result<Tensor> {
+    let _span = span(Category::Elementwise);
     expect_shape(up, "up", gate.dims())?;
     if !all_cpu_f32(&[gate, up]) {
         return reference::swiglu_forward(gate, up, act);
@@ -49,6 +51,7 @@ pub fn swiglu_backward(
     up: &Tensor,
     act: Act,
 ) -> Result<(Tensor, Tensor)> {
+    let _span = span(Category::Elementwise);
     expect_shape(dh, "dh", gate.dims())?;
     expect_shape(up, "up", gate.dims())?;
     if !all_cpu_f32(&[dh, gate, up]) {

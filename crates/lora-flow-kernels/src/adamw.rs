@@ -1,6 +1,7 @@
 //! AdamW (Loshchilov & Hutter 2019) with PyTorch's order of operations and rounding, so that a
 //! trajectory can be compared with `torch.optim.AdamW`.
 
+use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch};
 use candle_core::{Result, bail};
 use rayon::prelude::*;
@@ -41,6 +42,7 @@ pub fn step(
     weight_decay: f64,
     step: u64,
 ) -> Result<()> {
+    let _span = span(Category::Optimizer);
     let len = param.len();
     for (name, other) in [("grad", grad.len()), ("m", m.len()), ("v", v.len())] {
         if other != len {

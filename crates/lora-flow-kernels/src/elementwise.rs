@@ -1,6 +1,7 @@
 //! Small operations on whole tensors and on the parameter vectors of the optimiser.
 
 use crate::common::{self, View, all_cpu_f32, expect_shape, tensor};
+use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -13,6 +14,7 @@ const BLOCK: usize = 16 * 1024;
 /// # Errors
 /// If the shapes differ.
 pub fn add_scaled(a: &Tensor, b: &Tensor, s: f32) -> Result<Tensor> {
+    let _span = span(Category::Elementwise);
     expect_shape(b, "b", a.dims())?;
     if !all_cpu_f32(&[a, b]) {
         return a + (b * f64::from(s))?;
@@ -41,11 +43,13 @@ pub fn axpy(y: &mut [f32], s: f32, x: &[f32]) -> Result<()> {
 
 /// x *= s, in place.
 pub fn scale(x: &mut [f32], s: f32) {
+    let _span = span(Category::Optimizer);
     x.par_chunks_mut(BLOCK).for_each(|x| x.iter_mut().for_each(|x| *x *= s));
 }
 
 /// Σ xᵢ², added up in f64 by blocks of a fixed size: the same bits for any number of threads.
 pub fn sum_of_squares(x: &[f32]) -> f64 {
+    let _span = span(Category::Optimizer);
     let blocks: Vec<f64> = x
         .par_chunks(BLOCK)
         .map(|x| x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>())

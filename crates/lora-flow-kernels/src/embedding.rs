@@ -1,6 +1,7 @@
 //! Embedding: rows of a frozen matrix by token.
 
 use crate::common::{self, View, dims2, tensor};
+use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch};
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
@@ -15,6 +16,7 @@ const BLOCK: usize = 32;
 /// # Errors
 /// If an id is not below V.
 pub fn gather(weight: &Tensor, ids: &[u32], dtype: DType) -> Result<Tensor> {
+    let _span = span(Category::Elementwise);
     let (vocab, width) = dims2(weight, "weight")?;
     if let Some((at, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= vocab) {
         bail!("token {id} at position {at} is beyond the {vocab} rows of the embedding")

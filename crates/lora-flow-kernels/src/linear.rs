@@ -10,6 +10,7 @@
 use crate::common::{View, all_cpu_f32, dims2, expect_shape, tensor, zeros};
 use crate::embedding::widen;
 use crate::gemm::{Into, Mat, matmul, product};
+use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch, dot, dot_bf16};
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
@@ -25,6 +26,7 @@ const FEW_ROWS: usize = 4;
 /// # Errors
 /// If the shapes do not fit.
 pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let _span = span(Category::Gemm);
     let (n, k) = dims2(x, "x")?;
     let (o, _) = weight_dims(w, "w", None, Some(k))?;
     if !fused(&[x], w) {
@@ -40,6 +42,7 @@ pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit.
 pub fn matmul_nn(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let _span = span(Category::Gemm);
     let (n, o) = dims2(dy, "dy")?;
     let (_, k) = weight_dims(w, "w", Some(o), None)?;
     if !fused(&[dy], w) {
@@ -55,6 +58,7 @@ pub fn matmul_nn(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit.
 pub fn matmul_tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let _span = span(Category::Gemm);
     let (n, o) = dims2(a, "a")?;
     let (_, k) = weight_dims(b, "b", Some(n), None)?;
     if !all_cpu_f32(&[a, b]) {
@@ -92,6 +96,7 @@ pub fn lora_forward_dropped(
     b: &Tensor,
     s: f32,
 ) -> Result<(Tensor, Tensor)> {
+    let _span = span(Category::Gemm);
     let (n, k) = dims2(x, "x")?;
     expect_shape(dropped, "dropped", &[n, k])?;
     let (o, _) = weight_dims(w, "w", None, Some(k))?;
@@ -130,6 +135,7 @@ pub fn lora_backward(
     xa: &Tensor,
     need_dx: bool,
 ) -> Result<(Option<Tensor>, Tensor, Tensor)> {
+    let _span = span(Category::Gemm);
     let dims = LoraDims::check(dy, x, w, a, b, xa)?;
     if !fused(&[dy, x, a, b, xa], w) {
         let (base, low, da, db) = reference::lora_backward(dy, x, w, a, b, s, xa, need_dx)?;
@@ -180,6 +186,7 @@ pub fn lora_backward_parts(
     xa: &Tensor,
     need_dx: bool,
 ) -> Result<LoraGradients> {
+    let _span = span(Category::Gemm);
     let dims = LoraDims::check(dy, x, w, a, b, xa)?;
     if !fused(&[dy, x, a, b, xa], w) {
         let (dx_base, dx_low_rank, da, db) =

@@ -9,6 +9,7 @@ use crate::common::{self, View, dims2, tensor};
 use crate::embedding::widen;
 use crate::gemm::{Into, Mat, matmul};
 use crate::linear::fused;
+use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch, exp, max, sum};
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
@@ -44,6 +45,7 @@ pub fn cross_entropy(
     want_grad: bool,
     grad_scale: f32,
 ) -> Result<CrossEntropy> {
+    let _span = span(Category::Loss);
     let (rows, width) = dims2(h, "h")?;
     let (vocab, head_width) = dims2(head, "head")?;
     if head_width != width {

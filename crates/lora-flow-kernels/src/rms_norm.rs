@@ -4,6 +4,7 @@
 //! Rows may be tokens (`[N, H]`) or heads for QK-norm (`[N·heads, D]`).
 
 use crate::common::{self, View, all_cpu_f32, dims2, expect_shape, tensor};
+use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch, dot, dot3};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -17,6 +18,7 @@ const BLOCK: usize = 32;
 /// # Errors
 /// If the shapes do not fit.
 pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    let _span = span(Category::Norm);
     let (rows, width) = dims2(x, "x")?;
     expect_shape(w, "w", &[width])?;
     if !all_cpu_f32(&[x, w]) {
@@ -45,6 +47,7 @@ pub fn add_forward(
     w: &Tensor,
     eps: f64,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    let _span = span(Category::Norm);
     let (rows, width) = dims2(x, "x")?;
     expect_shape(residual, "residual", &[rows, width])?;
     expect_shape(w, "w", &[width])?;
@@ -94,6 +97,7 @@ pub fn backward_add(
     rstd: &Tensor,
     add: Option<&Tensor>,
 ) -> Result<Tensor> {
+    let _span = span(Category::Norm);
     let (rows, width) = dims2(x, "x")?;
     expect_shape(dy, "dy", &[rows, width])?;
     expect_shape(w, "w", &[width])?;
@@ -130,6 +134,7 @@ pub fn backward_add(
 /// # Errors
 /// If the shapes do not fit.
 pub fn backward_weight(dy: &Tensor, x: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+    let _span = span(Category::Norm);
     let (rows, width) = dims2(x, "x")?;
     expect_shape(dy, "dy", &[rows, width])?;
     expect_shape(rstd, "rstd", &[rows])?;

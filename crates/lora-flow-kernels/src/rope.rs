@@ -5,6 +5,7 @@
 //! backward is the rotation by the opposite angle.
 
 use crate::common::{self, View, all_cpu_f32, dims3, tensor};
+use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -69,6 +70,7 @@ impl RopeTable {
 /// If `positions` does not have N entries, one is beyond the table, or D is less than the table
 /// turns.
 pub fn apply(x: &Tensor, positions: &[u32], table: &RopeTable, inverse: bool) -> Result<Tensor> {
+    let _span = span(Category::Elementwise);
     let (tokens, heads, width) = dims3(x, "x")?;
     table.check(tokens, width, positions)?;
     if !all_cpu_f32(&[x]) {

@@ -20,7 +20,7 @@ mod trainer;
 pub use config::{LrSchedulerKwargs, LrSchedulerType, TrainConfig, WsdDecay};
 pub use device::{open_device, with_threads};
 pub use evaluate::{Budget, DocumentLoss, MeanLoss, document_losses, mean_loss};
-pub use log::peak_rss_bytes;
+pub use log::{cpu_seconds, peak_rss_bytes};
 pub use optimizer::{AdamW, AdamWSettings, clip_grad_norm};
 pub use order::{DataOrder, Steps};
 pub use schedule::Schedule;

@@ -73,18 +73,37 @@ impl Log {
 pub fn peak_rss_bytes() -> u64 {
     #[cfg(unix)]
     {
-        let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-        // Safety: the pointer is valid for a write; zeroed memory is a valid `rusage`.
-        let usage = unsafe {
-            libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
-            usage.assume_init()
-        };
         // Linux counts in KiB, macOS in bytes.
         let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
-        u64::try_from(usage.ru_maxrss).unwrap_or(0) * unit
+        u64::try_from(usage().ru_maxrss).unwrap_or(0) * unit
     }
     #[cfg(not(unix))]
     {
         0
+    }
+}
+
+/// Processor time of the process so far, all threads, user and system, in seconds; 0 where the
+/// system does not say.
+pub fn cpu_seconds() -> f64 {
+    #[cfg(unix)]
+    {
+        let usage = usage();
+        let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
+        seconds(usage.ru_utime) + seconds(usage.ru_stime)
+    }
+    #[cfg(not(unix))]
+    {
+        0.0
+    }
+}
+
+#[cfg(unix)]
+fn usage() -> libc::rusage {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // Safety: the pointer is valid for a write; zeroed memory is a valid `rusage`.
+    unsafe {
+        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
+        usage.assume_init()
     }
 }

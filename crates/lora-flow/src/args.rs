@@ -159,6 +159,11 @@ pub enum Command {
     },
     /// Try a model with and without adapters
     Generate(GenerateArgs),
+    /// Measure the speed and the memory of training or evaluation on synthetic tokens
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
     /// Say what this program finds on this machine
     Doctor,
 }
@@ -338,6 +343,53 @@ pub struct GenerateArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Whole training steps: forward, backward, clipping, AdamW
+    Train {
+        #[command(flatten)]
+        bench: BenchArgs,
+        /// Rank of the adapter, on all linear layers
+        #[arg(long, default_value_t = 16, value_parser = at_least_one)]
+        r: usize,
+        /// Keep only the residual stream between forward and backward
+        #[arg(long)]
+        checkpointing: bool,
+    },
+    /// Forward and loss alone, without an adapter
+    Eval(BenchArgs),
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct BenchArgs {
+    /// A published model folder (config.json, weights)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Documents of a step and tokens of each
+    #[arg(long, value_name = "DOCSxTOKENS", default_value = "4x256", value_parser = batch_shape)]
+    pub batch: (usize, usize),
+    /// Steps that are timed; one more runs before them
+    #[arg(long, default_value_t = 3, value_parser = at_least_one)]
+    pub steps: usize,
+    /// Where tensors live: `cpu`, `cuda`, `cuda:N`
+    #[arg(long, default_value = "cpu", env = "LORA_FLOW_DEVICE")]
+    pub device: DeviceSpec,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `4x256`: documents of at least two tokens, as the first token of one is no target.
+fn batch_shape(text: &str) -> Result<(usize, usize), String> {
+    let shape = text.split_once('x').and_then(|(docs, tokens)| {
+        Some((docs.parse::<usize>().ok()?, tokens.parse::<usize>().ok()?))
+    });
+    match shape {
+        Some((docs, tokens)) if docs > 0 && tokens > 1 => Ok((docs, tokens)),
+        _ => Err("expected `DOCSxTOKENS` with at least one document of two tokens".to_owned()),
+    }
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {

@@ -14,6 +14,7 @@ mod tests;
 mod tile;
 
 use crate::common::{all_cpu_f32, check_docs, dims3, expect_shape};
+use crate::profile::{Category, span};
 use candle_core::{Result, Tensor, bail};
 
 /// Attention output o [N, Hq, D] and the log-sum-exp of the scaled scores, lse [Hq, N] (f32).
@@ -31,6 +32,7 @@ pub fn forward(
     scale: f32,
     window: Option<usize>,
 ) -> Result<(Tensor, Tensor)> {
+    let _span = span(Category::Attention);
     let dims = Dims::check(q, k, v, docs, window)?;
     if all_cpu_f32(&[q, k, v]) {
         fused::forward(dims, q, k, v, docs, scale, window)
@@ -56,6 +58,7 @@ pub fn backward(
     scale: f32,
     window: Option<usize>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    let _span = span(Category::Attention);
     let dims = Dims::check(q, k, v, docs, window)?;
     expect_shape(grad, "do", q.dims())?;
     expect_shape(o, "o", q.dims())?;

@@ -77,7 +77,7 @@ pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
     Ok(0)
 }
 
-fn open_dir(kind: ArtifactKind, dir: &Path) -> Result<Artifact, Failure> {
+pub(super) fn open_dir(kind: ArtifactKind, dir: &Path) -> Result<Artifact, Failure> {
     if !dir.is_dir() {
         let error = Error::new(format!("there is no folder `{}`", dir.display()))
             .with_hint("a folder is made by `publish:` in a pipeline");

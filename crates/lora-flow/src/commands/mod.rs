@@ -1,5 +1,6 @@
 //! The commands; one file each, but for the smallest.
 
+mod bench;
 mod cache;
 mod ci;
 mod diff;
@@ -43,6 +44,7 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Plugin { command: PluginCommand::New(args) } => scaffold::plugin_new(&args),
         Command::Plugin { command: PluginCommand::Check { dir } } => plugin::check(&dir),
         Command::Generate(args) => generate::generate(&args),
+        Command::Bench { command } => bench::bench(&command),
         Command::Doctor => doctor::doctor(),
     }
 }
