@@ -180,7 +180,7 @@ fn what_is_said_about_broken_files() {
         ("a.jsonl", b"", "`a.jsonl` is empty"),
         ("a.jsonl", b"\n \n", "`a.jsonl` has no rows"),
         ("a.csv", b"id,text\n", "`a.csv` has a header but no rows"),
-        ("a.jsonl", b"{\"a\": 1}\n{\"a\": \n", "`a.jsonl:2:"),
+        ("a.jsonl", b"{\"a\": 1}\n{\"a\": \n", "`a.jsonl:2`"),
         (
             "a.jsonl",
             b"{\"a\": 1} {\"a\": 2}\n",
