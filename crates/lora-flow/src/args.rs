@@ -56,8 +56,11 @@ pub struct PipelineArgs {
     #[arg(long, value_name = "FILE")]
     pub params_file: Option<PathBuf>,
     /// Only this task and what it needs (may be repeated)
-    #[arg(long = "target", visible_alias = "until", value_name = "TASK")]
+    #[arg(long = "target", value_name = "TASK")]
     pub targets: Vec<String>,
+    /// The plan ends at this task: wanted like a target (may be repeated)
+    #[arg(long = "until", value_name = "TASK")]
+    pub until: Vec<String>,
     /// Run this task and all that wait for it, cached or not (may be repeated)
     #[arg(long = "from", value_name = "TASK")]
     pub from: Vec<String>,

@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 use std::sync::OnceLock;
 
-use lora_flow_core::Error;
+use lora_flow_core::{Error, nearest};
 use lora_flow_pipeline::{Diagnostic, Diagnostics};
 use miette::{GraphicalReportHandler, GraphicalTheme, LabeledSpan, MietteDiagnostic, NamedSource};
 use tracing_subscriber::EnvFilter;
@@ -77,6 +77,20 @@ impl From<Diagnostics> for Failure {
 }
 
 impl Failure {
+    /// Wrong use of a command that named a task which is not there: hints at the one meant, or
+    /// lists those there are.
+    pub fn unknown_task<'a>(
+        message: String,
+        name: &str,
+        tasks: impl Iterator<Item = &'a str> + Clone,
+    ) -> Self {
+        let error = Error::new(message);
+        Self::Usage(match nearest(name, tasks.clone()) {
+            Some(near) => error.with_hint(format!("did you mean `{near}`?")),
+            None => error.with_hint(format!("tasks: {}", tasks.collect::<Vec<_>>().join(", "))),
+        })
+    }
+
     /// Writes the failure to stderr and gives the exit code.
     pub fn render(self) -> i32 {
         match self {

@@ -55,12 +55,12 @@ fn load(args: &PipelineArgs) -> Result<Plan, Failure> {
         params_file: args.params_file.clone(),
         set: args.set.clone(),
         targets: args.targets.clone(),
+        until: args.until.clone(),
         from: args.from.clone(),
         env: std::env::vars_os()
             .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
             .collect(),
         builtin: crate::BUILTIN,
-        ..CompileOptions::default()
     };
     let plan = compile(&args.pipeline, &options)?;
     if !ui::global().quiet {

@@ -1,6 +1,5 @@
 //! `lora-flow plan`: what would run, what is cached, and why.
 
-use lora_flow_core::{Error, nearest};
 use lora_flow_pipeline::{Engine, Plan, State};
 use serde_json::json;
 
@@ -24,11 +23,8 @@ pub fn check_forced(plan: &Plan, force: &[String]) -> Result<(), Failure> {
     let Some(unknown) = force.iter().find(|f| *f != "*" && !named(f)) else {
         return Ok(());
     };
-    let error = Error::new(format!("`--force` names the unknown task `{unknown}`"));
-    Err(Failure::Usage(match nearest(unknown, ids()) {
-        Some(name) => error.with_hint(format!("did you mean `{name}`?")),
-        None => error.with_hint(format!("tasks: {}", ids().collect::<Vec<_>>().join(", "))),
-    }))
+    let message = format!("`--force` names the unknown task `{unknown}`");
+    Err(Failure::unknown_task(message, unknown, ids()))
 }
 
 pub fn print(

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::time::Duration;
 
-use lora_flow_core::{Error, nearest};
+use lora_flow_core::Error;
 use lora_flow_pipeline::{Engine, RunReport};
 
 use crate::commands::{self, run};
@@ -141,9 +141,6 @@ fn known_task(report: &RunReport, task: &str) -> Result<(), Failure> {
     if ids().any(|id| id == task) {
         return Ok(());
     }
-    let error = Error::new(format!("run {} has no task `{task}`", report.run_id));
-    Err(Failure::Usage(match nearest(task, ids()) {
-        Some(name) => error.with_hint(format!("did you mean `{name}`?")),
-        None => error.with_hint(format!("tasks: {}", ids().collect::<Vec<_>>().join(", "))),
-    }))
+    let message = format!("run {} has no task `{task}`", report.run_id);
+    Err(Failure::unknown_task(message, task, ids()))
 }

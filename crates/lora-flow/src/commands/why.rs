@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lora_flow_core::{Digest, Error, nearest};
+use lora_flow_core::Digest;
 use lora_flow_pipeline::{State, TaskKey, TaskStatus};
 use serde_json::{Value, json};
 
@@ -16,11 +16,8 @@ pub fn why(args: &WhyArgs) -> Result<i32, Failure> {
     commands::plan::check_forced(&plan, &args.choice.force)?;
     let ids = || plan.tasks.iter().map(|t| t.id.as_str());
     let Some(index) = ids().position(|id| id == args.task) else {
-        let error = Error::new(format!("the pipeline has no task `{}`", args.task));
-        return Err(Failure::Usage(match nearest(&args.task, ids()) {
-            Some(name) => error.with_hint(format!("did you mean `{name}`?")),
-            None => error.with_hint(format!("tasks: {}", ids().collect::<Vec<_>>().join(", "))),
-        }));
+        let message = format!("the pipeline has no task `{}`", args.task);
+        return Err(Failure::unknown_task(message, &args.task, ids()));
     };
     let engine = commands::engine(&plan)?;
     let (force, device) = (&args.choice.force, args.choice.device);
