@@ -68,9 +68,14 @@ impl Project {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lora-flow"));
         command.args(args).current_dir(self.root());
-        for variable in
-            ["LORA_FLOW_CACHE_DIR", "LORA_FLOW_DEVICE", "LORA_FLOW_LOG", "CLICOLOR_FORCE"]
-        {
+        for variable in [
+            "LORA_FLOW_CACHE_DIR",
+            "LORA_FLOW_DEVICE",
+            "LORA_FLOW_LOG",
+            "LORA_FLOW_REMOTE",
+            "LORA_FLOW_REMOTE_READ_ONLY",
+            "CLICOLOR_FORCE",
+        ] {
             command.env_remove(variable);
         }
         command.env("NO_COLOR", "1");

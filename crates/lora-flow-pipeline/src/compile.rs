@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use lora_flow_core::Digest;
 use serde_json::{Map, Value};
 
 use crate::expr::Scope;
@@ -95,11 +96,18 @@ pub fn compile_source(
         description: spec.description.clone(),
         root,
         warnings,
-        tasks: assemble(&members, wires, &wanted, &forced, resolved, published, &env),
+        tasks: assemble(&members, wires, &wanted, &forced, resolved, published, &options.env),
         params: Value::Object(parameters),
-        source: sources.whole,
+        env: declared(&spec, &env),
+        source: sources.whole.clone(),
+        sources,
     };
     Ok(plan)
+}
+
+fn declared(spec: &Spec, env: &BTreeMap<String, String>) -> Vec<(String, Option<Digest>, Span)> {
+    let digest = |name| env.get(name).map(|value| Digest::of_bytes(value.as_bytes()));
+    spec.env.iter().map(|n| (n.value.clone(), digest(&n.value), n.span)).collect()
 }
 
 fn stem(path: &Path) -> String {
@@ -349,7 +357,7 @@ fn assemble(
     wanted: &[bool],
     forced: &[bool],
     resolved: Vec<Vec<ResolvedFiles>>,
-    published: Vec<Vec<(String, PathBuf)>>,
+    published: Vec<Vec<publish::Target>>,
     env: &BTreeMap<String, String>,
 ) -> Vec<PlannedTask> {
     let order = order::topological(&wires, wanted);
@@ -377,8 +385,9 @@ fn assemble(
         let seen_env = match &kind.maker {
             Maker::Builtin(_) => BTreeMap::new(),
             Maker::Plugin(manifest, _) => {
-                let asked = |(name, _): &(&String, &String)| manifest.env.contains(name);
-                env.iter().filter(asked).map(|(k, v)| (k.clone(), v.clone())).collect()
+                // All that it is given and may depend on, whether the pipeline names it or not.
+                let given = |name: &String| Some((name.clone(), env.get(name)?.clone()));
+                manifest.env.iter().filter_map(given).collect()
             }
         };
         tasks.push(PlannedTask {
@@ -392,7 +401,9 @@ fn assemble(
             input_ports: configured.task.inputs(),
             outputs: configured.task.outputs(),
             files,
-            publish,
+            publish: publish.iter().map(|(o, p, _)| (o.clone(), p.clone())).collect(),
+            publish_spans: publish.iter().map(|(_, _, span)| *span).collect(),
+            network: matches!(&kind.maker, Maker::Plugin(manifest, _) if manifest.network),
             env: seen_env,
             resources: member.resources,
             timeout: member.timeout,

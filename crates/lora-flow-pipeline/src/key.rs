@@ -6,7 +6,7 @@
 //! | parameters | canonical JSON, defaults filled in, order-free |
 //! | input artifacts | by digest, for each port in order: a producer that runs again and yields the same bytes changes nothing downstream |
 //! | outside files | by content, for each parameter in the sorted order of their paths |
-//! | declared environment | by the digest of each value, so that no secret stands in the store |
+//! | environment variables that a plugin's `env` names | by the digest of each value, so that no secret stands in the store; not those of its `passthrough` |
 //! | a plugin | by the digest of its files |
 //! | the device | by class, for tasks whose result depends on it |
 //!

@@ -46,6 +46,7 @@ pub use source::{Diagnostic, Diagnostics, SourceFile, Span};
 // The run: store, keys, scheduler, records, plugin processes.
 mod external;
 mod key;
+mod pinned;
 mod reason;
 mod record;
 mod run;
@@ -54,6 +55,7 @@ mod store;
 
 pub use external::ExternalTask;
 pub use key::{Explained, KEY_FORMAT, TaskKey};
+pub use pinned::{LockFile, Pinned};
 pub use reason::{FileChange, Reason};
 pub use record::{RunEnvironment, RunRecord};
 pub use run::{
@@ -61,8 +63,8 @@ pub use run::{
     TaskStatus,
 };
 pub use store::{
-    Entry, EntryInfo, Freed, Manifest, ManifestFile, STORE_FORMAT, Store, StoredArtifact,
-    VerifyReport,
+    Entry, EntryInfo, Freed, Keep, Manifest, ManifestFile, Objects, Remote, RemoteError,
+    STORE_FORMAT, Store, StoredArtifact, VerifyReport,
 };
 
 #[cfg(test)]

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lora_flow_core::{Ports, Task, TaskKind};
+use lora_flow_core::{Digest, Ports, Task, TaskKind};
 use serde_json::Value;
 
-use crate::source::{Diagnostic, SourceFile, Span};
+use crate::source::{Diagnostic, SourceFile, Sources, Span};
 
 /// What [`compile`] needs besides the file.
 #[derive(Debug, Clone, Default)]
@@ -48,6 +48,10 @@ pub struct Plan {
     pub tasks: Vec<PlannedTask>,
     /// What may be a mistake.
     pub warnings: Vec<Diagnostic>,
+    /// The declared environment variables: name, digest of the value if it is set, place.
+    pub(crate) env: Vec<(String, Option<Digest>, Span)>,
+    /// The files that the places are in.
+    pub(crate) sources: Sources,
 }
 
 /// One task of a plan.
@@ -75,7 +79,12 @@ pub struct PlannedTask {
     pub files: Vec<ResolvedFiles>,
     /// Outputs to be placed outside the store: output name → absolute path.
     pub publish: Vec<(String, PathBuf)>,
-    /// The declared environment of the pipeline: names that are set, with their values.
+    /// Places of `publish`, in its order.
+    pub publish_spans: Vec<Span>,
+    /// Whether it is a task of a plugin that asks for the network.
+    pub network: bool,
+    /// What its plugin is given of the environment and may depend on: names that are set, with
+    /// their values.
     pub env: BTreeMap<String, String>,
     /// What it takes of the machine.
     pub resources: Resources,

@@ -34,16 +34,29 @@ pub struct PluginManifest {
     pub build: Option<Vec<String>>,
     /// Whether it asks for the network.
     pub network: bool,
-    /// Further environment variables it is given, by name.
+    /// Environment variables it is given, by name; their values enter the key.
     pub env: Vec<String>,
+    /// Those that decide how it works and not what it makes: given, and kept out of the key.
+    pub passthrough: Vec<String>,
     /// What it may read besides its inputs and its own folder.
     pub read: Vec<ReadPath>,
     /// Task kinds it offers, in the order written.
     pub kinds: Vec<PluginKind>,
 }
 
+impl PluginManifest {
+    /// The environment variables that it is given besides those that every program gets.
+    pub fn variables(&self) -> impl Iterator<Item = &str> {
+        self.env.iter().chain(&self.passthrough).map(String::as_str)
+    }
+
+    fn is_given(&self, name: &str) -> bool {
+        self.variables().any(|n| n == name)
+    }
+}
+
 /// A file or folder that a plugin asks to read: `/path`, `~/path`, `$NAME/path` with a variable of
-/// its `env`, or `{params.NAME}/path` with a parameter of the task.
+/// its `env` or `passthrough`, or `{params.NAME}/path` with a parameter of the task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReadPath {
     base: Base,
@@ -115,6 +128,7 @@ const TOP: Known = Known {
         "build",
         "network",
         "env",
+        "passthrough",
         "read",
         "tasks",
     ],
@@ -212,6 +226,7 @@ fn read(dir: &Path, root: &Node, problems: &mut Problems) -> Option<PluginManife
         build: None,
         network: false,
         env: Vec::new(),
+        passthrough: Vec::new(),
         read: Vec::new(),
         kinds: Vec::new(),
     };
@@ -229,6 +244,10 @@ fn read(dir: &Path, root: &Node, problems: &mut Problems) -> Option<PluginManife
             "env" => {
                 let names = strings(node, &what, problems).unwrap_or_default();
                 manifest.env = names.into_iter().map(|n| n.value).collect();
+            }
+            "passthrough" => {
+                let names = strings(node, &what, problems).unwrap_or_default();
+                manifest.passthrough = names.into_iter().map(|n| n.value).collect();
             }
             "tasks" => manifest.kinds = tasks(node, key, problems),
             _ => {}
@@ -305,9 +324,9 @@ fn read_paths(node: &Node, manifest: &PluginManifest, problems: &mut Problems) -
             continue;
         };
         let unknown = match &path.base {
-            Base::Variable(name) if name != "HOME" && !manifest.env.contains(name) => Some((
+            Base::Variable(name) if name != "HOME" && !manifest.is_given(name) => Some((
                 format!("`{name}` is not listed under `env`"),
-                format!("add `{name}` to `env`"),
+                format!("add `{name}` to `env` or `passthrough`"),
             )),
             Base::Param(name) if !manifest.kinds.iter().any(|k| has_param(k, name)) => {
                 let message = format!("no task of the plugin has a parameter `{name}`");

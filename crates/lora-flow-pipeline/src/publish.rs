@@ -14,12 +14,15 @@ use crate::yaml::Key;
 /// Name of the store's folder under the root.
 pub(crate) const STORE: &str = ".lora-flow";
 
+/// Output name, absolute path, and the place it is written at.
+pub(crate) type Target = (String, PathBuf, Span);
+
 /// Output names and absolute paths, for each member.
 pub(crate) fn resolve(
     members: &[Member],
     root: &Path,
     problems: &mut Problems,
-) -> Vec<Vec<(String, PathBuf)>> {
+) -> Vec<Vec<Target>> {
     let mut taken: BTreeMap<PathBuf, (Span, String)> = BTreeMap::new();
     let mut all = Vec::new();
     for member in members {
@@ -35,7 +38,7 @@ pub(crate) fn resolve(
                 continue;
             }
             if let Some(name) = name {
-                published.push((name, absolute));
+                published.push((name, absolute, path.span));
             }
         }
         all.push(published);

@@ -23,8 +23,12 @@ use crate::key::Explained;
 use crate::plan::{Plan, PlannedTask};
 use crate::reason::{LastKeys, Reason, differences};
 use crate::record::{self, RunFolder, RunRecord};
+use crate::source::{Diagnostic, Diagnostics};
 use crate::stat_cache::StatCache;
-use crate::store::{Entry, Freed, Lookup, STORE_DIR, Store, StoredArtifact};
+use publish::Occupied;
+
+use crate::store::remote::pushing;
+use crate::store::{Entry, Freed, Keep, Lookup, Remote, STORE_DIR, Store, StoredArtifact};
 
 pub use report::{
     ErrorRecord, Observer, OutputRecord, RunOptions, RunReport, State, Status, TaskOutcome,
@@ -35,6 +39,7 @@ pub use report::{
 #[derive(Debug)]
 pub struct Engine {
     store: Store,
+    remote: Option<Remote>,
     /// Pause before a failed task is tried again; doubled each time.
     retry_delay: Duration,
 }
@@ -47,7 +52,15 @@ impl Engine {
     /// When the store cannot be opened or made.
     pub fn open(root: &Path, cache_dir: Option<&Path>) -> Result<Self> {
         let dir = cache_dir.map_or_else(|| root.join(STORE_DIR), Path::to_owned);
-        Ok(Self { store: Store::open(&dir)?, retry_delay: Duration::from_secs(1) })
+        let store = Store::open(&dir)?;
+        Ok(Self { store, remote: None, retry_delay: Duration::from_secs(1) })
+    }
+
+    /// Adds a remote tier: results that the store lacks are taken from there, and those made here
+    /// are sent there.
+    pub fn with_remote(mut self, remote: Option<Remote>) -> Self {
+        self.remote = remote;
+        self
     }
 
     /// Sets the pause before a failed task is tried again (1 s at first, doubled each time).
@@ -93,9 +106,30 @@ impl Engine {
     /// Cleans the store; see [`Store::gc`].
     ///
     /// # Errors
-    /// When a pipeline is running in the store, or the store cannot be read or written.
-    pub fn gc(&self, keep_runs: usize, age: Duration, dry_run: bool) -> Result<Freed> {
-        self.store.gc(keep_runs, age, dry_run)
+    /// When the store cannot be read or written.
+    pub fn gc(&self, keep: &Keep, dry_run: bool) -> Result<Freed> {
+        self.store.gc(keep, dry_run)
+    }
+
+    /// Sends all results of the store that the remote lacks; gives their number, and the bytes of
+    /// the files sent. Unlike in a run, a remote that cannot be used is an error.
+    ///
+    /// # Errors
+    /// When there is no remote, or it cannot be used, or the store cannot be read.
+    pub fn push_all(&self, cancel: &CancelToken) -> Result<(usize, u64)> {
+        let remote = self.remote.as_ref();
+        let remote = remote.ok_or_else(|| Error::new("there is no remote cache to send to"))?;
+        let _lock = self.store.lock_shared(cancel)?;
+        let _gate = self.store.gate()?;
+        let (mut entries, mut bytes) = (0, 0);
+        for info in self.store.ls()? {
+            let Lookup::Hit(entry) = self.store.inspect(&info.key)? else { continue };
+            if let Some(sent) = remote.complete(&self.store, &entry, cancel)? {
+                entries += 1;
+                bytes += sent;
+            }
+        }
+        Ok((entries, bytes))
     }
 
     /// What a run would do, and why. Reads outside files that it does not know; runs nothing.
@@ -109,7 +143,7 @@ impl Engine {
         device: DeviceSpec,
     ) -> Result<Vec<TaskStatus>> {
         let _lock = self.store.lock_shared(&CancelToken::default())?;
-        let session = Session::new(&self.store, plan, force, device);
+        let session = self.session(plan, force, device);
         let mut foresight = Foresight::default();
         let mut statuses = Vec::with_capacity(plan.tasks.len());
         for task in &plan.tasks {
@@ -136,13 +170,70 @@ impl Engine {
         device: DeviceSpec,
     ) -> Result<Explained> {
         let _lock = self.store.lock_shared(&CancelToken::default())?;
-        let session = Session::new(&self.store, plan, force, device);
+        let session = self.session(plan, force, device);
         let mut foresight = Foresight::default();
         for task in &plan.tasks[..index] {
             let (outlook, _) = session.foresee(task, &foresight)?;
             foresight.push(outlook);
         }
         session.partly(&plan.tasks[index], &foresight)
+    }
+
+    /// Targets of `publish` that are occupied, with their places in the pipeline file: better known
+    /// now than when the work is done.
+    ///
+    /// # Errors
+    /// When an outside file or the store cannot be read.
+    pub fn check_targets(
+        &self,
+        plan: &Plan,
+        force: &[String],
+        device: DeviceSpec,
+    ) -> Result<Diagnostics> {
+        let mut found = Diagnostics::default();
+        let mut foreign = Vec::new();
+        let mut report = |task: &PlannedTask, i: usize, message: String, hint: &str| {
+            let span = task.publish_spans.get(i).copied().unwrap_or(task.span);
+            let mut problem = Diagnostic::new(&plan.source, span, message).with_hint(hint);
+            plan.sources.localise(&mut problem);
+            found.push(problem);
+        };
+        for (index, task) in plan.tasks.iter().enumerate() {
+            for (i, (_, target)) in task.publish.iter().enumerate() {
+                match publish::occupied(&plan.name, target) {
+                    Some(Occupied::Foreign) => foreign.push((index, i)),
+                    Some(Occupied::Refused(error)) => {
+                        let message = format!("cannot publish to `{}`: {error}", target.display());
+                        report(task, i, message, error.hint().unwrap_or_default());
+                    }
+                    None => {}
+                }
+            }
+        }
+        if !foreign.is_empty() {
+            // A folder that holds exactly the result may stay.
+            let _lock = self.store.lock_shared(&CancelToken::default())?;
+            let session = self.session(plan, force, device);
+            let mut foresight = Foresight::default();
+            for task in &plan.tasks {
+                let (outlook, _) = session.foresee(task, &foresight)?;
+                foresight.push(outlook);
+            }
+            for (index, i) in foreign {
+                let task = &plan.tasks[index];
+                let (output, target) = &task.publish[i];
+                let artifact =
+                    foresight.results[index].as_ref().and_then(|done| done.outputs.get(output));
+                if artifact.is_some_and(|artifact| publish::holds(artifact, target)) {
+                    continue;
+                }
+                let error = publish::not_ours();
+                let message = format!("cannot publish to `{}`: {error}", target.display());
+                report(task, i, message, error.hint().unwrap_or_default());
+            }
+        }
+        found.sort(&plan.source.path);
+        Ok(found)
     }
 
     /// Ids of all runs, newest first: also of those that go on, or were killed, and so have no
@@ -168,13 +259,17 @@ impl Engine {
         let timestamp = Timestamp::now();
         let _lock = self.store.lock_for_run(&options.cancel)?;
         let folder = RunFolder::create(&self.store, timestamp, plan)?;
-        let session = Session::new(&self.store, plan, &options.force, options.device);
-        let tasks = schedule::run(&schedule::Run {
-            session: &session,
-            options,
-            observer,
-            folder: &folder,
-            retry_delay: self.retry_delay,
+        let at_work = self.store.lock_run(&folder.id)?;
+        let session = self.session(plan, &options.force, options.device);
+        let tasks = pushing(self.remote.as_ref(), &self.store, &options.cancel, |pushes| {
+            schedule::run(&schedule::Run {
+                session: &session,
+                options,
+                observer,
+                folder: &folder,
+                retry_delay: self.retry_delay,
+                pushes,
+            })
         })?;
         session.stats.save(&self.store)?;
         let report = RunReport {
@@ -185,7 +280,20 @@ impl Engine {
             tasks,
         };
         folder.finish(&self.store, plan, options, &report)?;
+        at_work.remove();
         Ok(report)
+    }
+
+    pub(crate) fn session<'a>(
+        &'a self,
+        plan: &'a Plan,
+        force: &'a [String],
+        device: DeviceSpec,
+    ) -> Session<'a> {
+        let last = Mutex::new(LastKeys::load(&self.store, &plan.name));
+        let stats = StatCache::load(&self.store);
+        let (store, remote) = (&self.store, self.remote.as_ref());
+        Session { store, remote, plan, force, device, stats, last }
     }
 }
 
@@ -213,19 +321,28 @@ struct Input {
 
 /// What one walk over a plan knows.
 #[derive(Debug)]
-struct Session<'a> {
+pub(crate) struct Session<'a> {
     store: &'a Store,
+    remote: Option<&'a Remote>,
     plan: &'a Plan,
     force: &'a [String],
     device: DeviceSpec,
-    stats: StatCache,
+    pub(crate) stats: StatCache,
     last: Mutex<LastKeys>,
 }
 
-impl<'a> Session<'a> {
-    fn new(store: &'a Store, plan: &'a Plan, force: &'a [String], device: DeviceSpec) -> Self {
-        let last = Mutex::new(LastKeys::load(store, &plan.name));
-        Self { store, plan, force, device, stats: StatCache::load(store), last }
+impl Session<'_> {
+    /// For each task the digests of its outputs by name, if its result is there.
+    pub(crate) fn results(&self) -> Result<Vec<Option<BTreeMap<String, Digest>>>> {
+        let mut foresight = Foresight::default();
+        for task in &self.plan.tasks {
+            let (outlook, _) = self.foresee(task, &foresight)?;
+            foresight.push(outlook);
+        }
+        let digests = |done: Arc<Done>| {
+            done.outputs.iter().map(|(name, a)| (name.clone(), a.digest)).collect()
+        };
+        Ok(foresight.results.into_iter().map(|done| done.map(digests)).collect())
     }
 
     fn last(&self) -> MutexGuard<'_, LastKeys> {
@@ -376,6 +493,11 @@ impl<'a> Session<'a> {
         let found = if self.is_forced(task) { Lookup::Miss } else { self.store.inspect(&key)? };
         if let Lookup::Hit(entry) = found {
             return Ok((Outlook::Stored(Done::of(&entry)), State::Cached));
+        }
+        if let (Some(remote), false) = (self.remote, self.is_forced(task))
+            && let Some(entry) = remote.peek(&key, &CancelToken::default())?
+        {
+            return Ok((Outlook::Stored(Done::of(&entry)), State::CachedRemote));
         }
         let corrupt = matches!(found, Lookup::Corrupt { .. });
         Ok((Outlook::Runs, State::Stale(self.reasons(task, &explained, &key, corrupt))))

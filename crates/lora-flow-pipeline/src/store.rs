@@ -7,6 +7,7 @@
 //!   entries/ab/cdef….json  what a task made, under its key (see `key.rs`)
 //!   last/PIPELINE.jsonl  key last seen for each task, for reasons only
 //!   runs/ID/             record, logs and metrics of each run
+//!   pins/ID              runs whose results stay, whatever is cleaned
 //!   state/KEY/           checkpoints of unfinished tasks
 //!   plugins/DIGEST/      build products of plugins
 //!   stat-cache.json      digests of outside files by size, times and inode
@@ -25,11 +26,13 @@ mod blob;
 mod entry;
 mod gc;
 mod lock;
+pub(crate) mod remote;
 mod verify;
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -38,8 +41,9 @@ use lora_flow_core::{CancelToken, Digest, Error, Result, ResultExt};
 pub(crate) use blob::{Staged, hash_file};
 pub(crate) use entry::Lookup;
 pub use entry::{Entry, EntryInfo, Manifest, ManifestFile, StoredArtifact};
-pub use gc::Freed;
+pub use gc::{Freed, Keep};
 pub(crate) use lock::FileLock;
+pub use remote::{Objects, Remote, RemoteError};
 pub use verify::VerifyReport;
 
 /// Version of the store's layout. Raise it when an older program would misread a newer store.
@@ -51,7 +55,7 @@ pub(crate) const STORE_DIR: &str = crate::publish::STORE;
 const FORMAT_FILE: &str = "format";
 
 /// Everything that may stand at the top of a store.
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 14] = [
     FORMAT_FILE,
     ".gitignore",
     "stat-cache.json",
@@ -60,6 +64,7 @@ const NAMES: [&str; 13] = [
     "entries",
     "last",
     "runs",
+    "pins",
     "state",
     "plugins",
     "tmp",
@@ -71,6 +76,7 @@ const NAMES: [&str; 13] = [
 #[derive(Debug, Clone)]
 pub struct Store {
     dir: PathBuf,
+    gate: Arc<lock::Gate>,
 }
 
 impl Store {
@@ -81,7 +87,7 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Self> {
         let dir =
             std::path::absolute(dir).context(format!("bad store path `{}`", dir.display()))?;
-        let store = Self { dir };
+        let store = Self { dir, gate: Arc::default() };
         match fs::read_to_string(store.dir.join(FORMAT_FILE)) {
             Ok(text) => store.check_format(&text)?,
             Err(e) if matches!(e.kind(), ErrorKind::NotFound) => store.create()?,
@@ -171,7 +177,7 @@ impl Store {
     /// context alone, and needs the store for build products that outlive the task.
     pub(crate) fn of_state_dir(state_dir: &Path) -> Option<Self> {
         let dir = state_dir.parent().filter(|p| p.ends_with("state"))?.parent()?;
-        Some(Self { dir: dir.to_owned() })
+        Some(Self { dir: dir.to_owned(), gate: Arc::default() })
     }
 
     /// Folder of a plugin's build products.

@@ -33,6 +33,13 @@ pub struct Global {
     /// Folder of the artifact store [default: `.lora-flow` in the pipeline's root]
     #[arg(long, global = true, value_name = "DIR", env = "LORA_FLOW_CACHE_DIR")]
     pub cache_dir: Option<PathBuf>,
+    /// Remote cache to take results from and send them to: `s3://BUCKET/PREFIX` (settings in
+    /// `AWS_*`) or `file:///FOLDER`
+    #[arg(long, global = true, value_name = "URL", env = "LORA_FLOW_REMOTE")]
+    pub remote: Option<String>,
+    /// Send nothing to the remote cache
+    #[arg(long, visible_alias = "no-push", global = true, env = "LORA_FLOW_REMOTE_READ_ONLY")]
+    pub remote_read_only: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -89,6 +96,8 @@ pub enum Command {
     Why(WhyArgs),
     /// Report every problem of a pipeline file without doing any work
     Check(PipelineArgs),
+    /// Pin the digests of everything from outside in `PIPELINE.lock`, for `run --locked`
+    Lock(LockArgs),
     /// Draw the DAG
     Graph(GraphArgs),
     /// List past runs
@@ -186,6 +195,12 @@ pub struct RunArgs {
     /// Show the plan and stop
     #[arg(short = 'n', long)]
     pub dry_run: bool,
+    /// Insist on exactly the inputs that `PIPELINE.lock` pins
+    #[arg(long, conflicts_with = "update_lock")]
+    pub locked: bool,
+    /// Write `PIPELINE.lock` when the run has succeeded
+    #[arg(long)]
+    pub update_lock: bool,
     /// Refuse the network to plugins that ask for it
     #[arg(long)]
     pub offline: bool,
@@ -209,6 +224,15 @@ pub struct PlanArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct LockArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    /// Where tensors live: `cpu`, `cuda`, `cuda:N`
+    #[arg(long, default_value = "cpu", env = "LORA_FLOW_DEVICE")]
+    pub device: DeviceSpec,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -250,20 +274,35 @@ pub enum CacheCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Delete what recent runs do not reach
+    /// Delete what is neither pinned, nor reached by recent runs, nor used lately; safe beside runs
     Gc {
         /// Keep what the last N runs reach
         #[arg(long, value_name = "N", default_value_t = 10)]
         keep_runs: usize,
-        /// Keep entries younger than this many days
+        /// Keep entries used within this many days
         #[arg(long, value_name = "DAYS", default_value_t = 7)]
         keep_days: u64,
+        /// Beyond this size delete the least recently used results, recent or not (`20G`, `500M`)
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        max_size: Option<u64>,
         /// Say what would go and stop
         #[arg(short = 'n', long)]
         dry_run: bool,
     },
     /// Rehash everything; corrupt entries are set aside and recomputed by the next run
     Verify,
+    /// Send all results that the remote cache lacks
+    Push,
+    /// Keep what a run used, whatever is cleaned; without a run, list what is pinned
+    Pin {
+        /// Run id, a unique beginning of one, or `latest`
+        run: Option<String>,
+    },
+    /// End the protection of a run
+    Unpin {
+        /// Run id or a unique beginning of one
+        run: String,
+    },
 }
 
 #[derive(Debug, ClapArgs)]
@@ -399,6 +438,25 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("expected `NAME=VALUE`".to_owned()),
+    }
+}
+
+/// `20G`, `20GB`: powers of 1,000, as sizes are shown; `20Gi`, `20GiB`: powers of 1,024.
+fn size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let start = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = (text[..start].trim_end(), text[start..].to_ascii_lowercase());
+    let prefix = unit.trim_end_matches('b');
+    let (prefix, base) = match prefix.strip_suffix('i') {
+        Some(prefix) => (prefix, 1024f64),
+        None => (prefix, 1000f64),
+    };
+    let power = ["", "k", "m", "g", "t"].iter().position(|p| *p == prefix);
+    match (number.parse::<f64>(), power) {
+        (Ok(number), Some(power)) if (0.0..1e9).contains(&number) => {
+            Ok((number * base.powi(power as i32)) as u64)
+        }
+        _ => Err("expected a size like `20G` or `512MiB`".to_owned()),
     }
 }
 

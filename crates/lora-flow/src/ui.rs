@@ -18,7 +18,9 @@ static GLOBAL: OnceLock<Global> = OnceLock::new();
 pub fn init(global: &Global) {
     let default = if global.verbose { "debug" } else { "warn" };
     let filter = EnvFilter::try_from_env("LORA_FLOW_LOG").unwrap_or_else(|_| {
-        EnvFilter::new(format!("lora_flow={default},lora_flow_pipeline={default}"))
+        EnvFilter::new(format!(
+            "lora_flow={default},lora_flow_pipeline={default},lora_flow_remote={default}"
+        ))
     });
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

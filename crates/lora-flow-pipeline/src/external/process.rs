@@ -113,7 +113,7 @@ fn environment(command: &mut Command, manifest: &PluginManifest, scratch: &Path)
     let tmp = scratch.join("tmp");
     fs_err::create_dir_all(&tmp)?;
     command.env_clear().env("TMPDIR", tmp);
-    let names = ALWAYS.into_iter().chain(manifest.env.iter().map(String::as_str));
+    let names = ALWAYS.into_iter().chain(manifest.variables());
     for name in names.filter(|n| *n != "TMPDIR") {
         if let Some(value) = std::env::var_os(name) {
             command.env(name, value);

@@ -20,6 +20,7 @@ use super::schedule::Run;
 use super::validate::validate;
 use super::{Done, ErrorRecord, Input, Status, TaskOutcome};
 use crate::key::Explained;
+use crate::pinned::check_outputs;
 use crate::plan::PlannedTask;
 use crate::store::{Entry, FileLock, Lookup, Staged, remove_all};
 
@@ -116,6 +117,9 @@ impl Run<'_> {
             Ok(Lookup::Corrupt { .. }) => return Quick::Work { corrupt: true },
             _ => return nothing,
         };
+        if self.check_pinned(task, &entry).is_err() {
+            return nothing;
+        }
         let mut outcome = TaskOutcome::new(task, Status::Cached);
         outcome.fill(&entry, true);
         for (output, target) in &task.publish {
@@ -183,6 +187,12 @@ impl Run<'_> {
         Publication { store, pipeline, task, output, artifact, target }
     }
 
+    /// Whether the outputs are those that a lock file insists on.
+    fn check_pinned(&self, task: &PlannedTask, entry: &Entry) -> Result<()> {
+        let outputs = entry.outputs.iter().map(|(name, a)| (name, a.digest));
+        check_outputs(&self.options.pinned, &task.id, outputs)
+    }
+
     /// Remembers the key for later reasons; not being able to stops nothing.
     fn remember(&self, task: &PlannedTask, key: Digest) {
         if let Err(e) = self.session.last().set(&task.id, key) {
@@ -219,6 +229,12 @@ impl Work<'_> {
                 Lookup::Corrupt { .. } => corrupt = true,
                 Lookup::Miss => {}
             }
+            if let Some(remote) = session.remote
+                && let Some(entry) = remote.pull(session.store, &key, cancel, || self.waiting())?
+            {
+                self.outcome.pulled = true;
+                return self.settle(entry, true);
+            }
         }
         let reasons = session.reasons(self.task, &explained, &key, corrupt);
         self.outcome.reasons = reasons.iter().map(ToString::to_string).collect();
@@ -228,9 +244,7 @@ impl Work<'_> {
 
         // Two equal keys at once compute once: the second waits, and finds the result.
         let lock = session.store.lock_path(&format!("{key}.lock"));
-        let lock = FileLock::exclusive(&lock, cancel, || {
-            self.reporter.tell(LogLevel::Info, "waiting: the same result is being made elsewhere");
-        })?;
+        let lock = FileLock::exclusive(&lock, cancel, || self.waiting())?;
         let made = match session.store.lookup(&key)? {
             Lookup::Hit(entry) if !forced => Ok((entry, true)),
             _ => self.make(&inputs, explained, key, forced).map(|entry| (entry, false)),
@@ -243,9 +257,14 @@ impl Work<'_> {
         self.settle(entry, cached)
     }
 
+    fn waiting(&self) {
+        self.reporter.tell(LogLevel::Info, "waiting: the same result is being made elsewhere");
+    }
+
     /// The result stands in the store: note it, and publish what is to be published.
     fn settle(&mut self, entry: Box<Entry>, cached: bool) -> Result<Box<Entry>> {
         self.outcome.fill(&entry, cached);
+        self.run.check_pinned(self.task, &entry)?;
         self.run.remember(self.task, entry.key);
         for (output, target) in &self.task.publish {
             let artifact = entry.outputs.get(output).ok_or_else(|| {
@@ -347,7 +366,12 @@ impl Work<'_> {
         let committed = self.run.session.store.commit(&entry, &staged);
         committed.context("cannot write the result to the store")?;
         self.reporter.note(LogLevel::Info, &format!("done in {}", show(started.elapsed())));
-        Ok(Box::new(entry))
+        let entry = Box::new(entry);
+        if let Some(pushes) = self.run.pushes {
+            // Whoever sends ends after the tasks.
+            let _ = pushes.send(entry.clone());
+        }
+        Ok(entry)
     }
 
     fn context(

@@ -130,10 +130,7 @@ impl Publication<'_> {
         match fs::symlink_metadata(target) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Found::Free),
             Err(e) => return Err(e.into()),
-            Ok(meta) if !meta.is_dir() => {
-                return Err(Error::new("the target is a file")
-                    .with_hint("`publish` names a folder; the artifact's files are put into it"));
-            }
+            Ok(meta) if !meta.is_dir() => return Err(a_file()),
             Ok(_) => {}
         }
         let mut present = Vec::new();
@@ -142,15 +139,13 @@ impl Publication<'_> {
             if present.is_empty() {
                 return Ok(Found::Free);
             }
-            if self.is_identical(target, &present) {
+            if is_identical(self.artifact, target, &present) {
                 return Ok(Found::Identical);
             }
-            return Err(Error::new("the folder exists and lora-flow did not make it")
-                .with_hint("remove it, or publish to another folder"));
+            return Err(not_ours());
         };
         if marker.pipeline != self.pipeline {
-            let message = format!("the pipeline `{}` published this folder", marker.pipeline);
-            return Err(Error::new(message).with_hint("remove it, or publish to another folder"));
+            return Err(of_another(&marker));
         }
         let wanted = |name: &str| self.artifact.manifest.files.iter().find(|f| f.name == name);
         let others = present.into_iter().filter(|n| n != MARKER && !marker.files.contains_key(n));
@@ -168,18 +163,6 @@ impl Publication<'_> {
             }
         }
         Ok(Found::Ours { others: kept })
-    }
-
-    /// Whether the folder holds exactly the artifact, dot files aside.
-    fn is_identical(&self, target: &Path, present: &[String]) -> bool {
-        let is_dot = |name: &&String| name.split('/').any(|part| part.starts_with('.'));
-        let files = &self.artifact.manifest.files;
-        present.iter().filter(|n| !is_dot(n)).all(|n| files.iter().any(|f| f.name == *n))
-            && files.iter().all(|f| {
-                let path = target.join(&f.name);
-                fs::metadata(&path).is_ok_and(|m| m.len() == f.size)
-                    && hash_file(&path).ok() == Some(f.digest)
-            })
     }
 
     /// A whole copy of the artifact, the marker last.
@@ -227,6 +210,73 @@ impl Publication<'_> {
         let text = serde_json::to_string_pretty(&marker)? + "\n";
         write_file(&dir.join(MARKER), text.as_bytes(), Sync::File)
     }
+}
+
+/// Whether the folder holds exactly the artifact, dot files aside.
+fn is_identical(artifact: &StoredArtifact, target: &Path, present: &[String]) -> bool {
+    let is_dot = |name: &&String| name.split('/').any(|part| part.starts_with('.'));
+    let files = &artifact.manifest.files;
+    present.iter().filter(|n| !is_dot(n)).all(|n| files.iter().any(|f| f.name == *n))
+        && files.iter().all(|f| {
+            let path = target.join(&f.name);
+            fs::metadata(&path).is_ok_and(|m| m.len() == f.size)
+                && hash_file(&path).ok() == Some(f.digest)
+        })
+}
+
+/// Why a target cannot be published to, as far as that can be said before there is anything to
+/// publish.
+pub(super) enum Occupied {
+    /// A folder with files, which lora-flow did not make.
+    Foreign,
+    /// Anything else.
+    Refused(Error),
+}
+
+/// What is in the way at a target, if something is.
+pub(super) fn occupied(pipeline: &str, target: &Path) -> Option<Occupied> {
+    // As for publishing: a link to a folder stays a link.
+    let target = fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
+    let Ok(meta) = fs::symlink_metadata(&target) else {
+        let above = target.ancestors().skip(1).find(|p| p.exists());
+        return above.filter(|p| !p.is_dir()).map(|p| {
+            let message = format!("`{}` is not a folder", p.display());
+            Occupied::Refused(Error::new(message).with_hint("publish to another folder"))
+        });
+    };
+    if !meta.is_dir() {
+        return Some(Occupied::Refused(a_file()));
+    }
+    match read_marker(&target) {
+        Some(marker) if marker.pipeline == pipeline => None,
+        Some(marker) => Some(Occupied::Refused(of_another(&marker))),
+        None => {
+            let mut present = Vec::new();
+            let listed = list(&target, "", &mut present);
+            (listed.is_err() || !present.is_empty()).then_some(Occupied::Foreign)
+        }
+    }
+}
+
+/// Whether a folder that lora-flow did not make holds exactly an artifact.
+pub(super) fn holds(artifact: &StoredArtifact, target: &Path) -> bool {
+    let mut present = Vec::new();
+    list(target, "", &mut present).is_ok() && is_identical(artifact, target, &present)
+}
+
+fn a_file() -> Error {
+    Error::new("the target is a file")
+        .with_hint("`publish` names a folder; the artifact's files are put into it")
+}
+
+pub(super) fn not_ours() -> Error {
+    Error::new("the folder exists and lora-flow did not make it")
+        .with_hint("remove it, or publish to another folder")
+}
+
+fn of_another(marker: &Marker) -> Error {
+    Error::new(format!("the pipeline `{}` published this folder", marker.pipeline))
+        .with_hint("remove it, or publish to another folder")
 }
 
 enum Found {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use lora_flow_core::{ArtifactKind, CancelToken, DeviceSpec, Digest, Event};
 use serde::{Deserialize, Serialize};
 
+use crate::pinned::Pinned;
 use crate::plan::PlannedTask;
 use crate::reason::Reason;
 use crate::store::Entry;
@@ -26,6 +27,8 @@ pub struct RunOptions {
     pub allow_network: bool,
     /// Set to stop the run.
     pub cancel: CancelToken,
+    /// Digests that the outputs of some tasks must have, from a lock file.
+    pub pinned: Pinned,
     /// The command line, for the record.
     pub command_line: Vec<String>,
 }
@@ -56,6 +59,8 @@ pub struct TaskStatus {
 pub enum State {
     /// Its result is in the store.
     Cached,
+    /// Its result is in the remote, as its entry there says.
+    CachedRemote,
     /// It will run.
     Stale(Vec<Reason>),
     /// That depends on what others yield.
@@ -114,6 +119,9 @@ pub struct TaskOutcome {
     pub kind: String,
     /// How it ended.
     pub status: Status,
+    /// Whether its result came from the remote in this run.
+    #[serde(default)]
+    pub pulled: bool,
     /// Its key, if its inputs were known.
     pub key: Option<Digest>,
     /// Time it took; zero unless it executed.
@@ -141,6 +149,7 @@ impl TaskOutcome {
             id: task.id.clone(),
             kind: task.kind.clone(),
             status,
+            pulled: false,
             key: None,
             wall: Duration::ZERO,
             reasons: Vec::new(),

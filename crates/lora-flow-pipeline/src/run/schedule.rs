@@ -14,6 +14,7 @@ use super::execute::{Control, Finished, Job, Quick};
 use super::{Done, Observer, RunOptions, Session, Status, TaskOutcome};
 use crate::plan::Resources;
 use crate::record::RunFolder;
+use crate::store::Entry;
 
 /// How often stops and time limits are passed on to executing tasks.
 const TICK: Duration = Duration::from_millis(20);
@@ -28,6 +29,8 @@ pub(super) struct Run<'a> {
     pub(super) observer: Arc<dyn Observer>,
     pub(super) folder: &'a RunFolder,
     pub(super) retry_delay: Duration,
+    /// Where results go that are to be sent to the remote.
+    pub(super) pushes: Option<&'a Sender<Box<Entry>>>,
 }
 
 /// Runs all tasks of the plan; the outcomes are in its order.

@@ -2,8 +2,10 @@
 
 mod bench;
 mod cache;
+mod clean;
 mod crash;
 mod ends;
 mod limits;
+mod pinned;
 
 pub(crate) use bench::{Bench, files_below, out, text};

@@ -98,12 +98,12 @@ impl Store {
         // Another name of the same file could change it behind the store's back.
         let path = if meta.nlink() > 1 { self.copy_in(&path)? } else { path };
         let digest = hash_file(&path)?;
-        let present = self.has_blob(&digest, meta.len());
+        let present = self.use_blob(&digest, meta.len());
         Ok((digest, meta.len(), (!present).then_some(path)))
     }
 
     fn stage_adopted(&self, name: &str, file: &ArtifactFile) -> Result<Option<PathBuf>> {
-        if self.has_blob(&file.digest, file.size) {
+        if self.use_blob(&file.digest, file.size) {
             return Ok(None);
         }
         let copy = self.copy_in(&file.path)?;
@@ -123,6 +123,13 @@ impl Store {
     /// Whether the blob is there; its size alone is checked.
     pub(super) fn has_blob(&self, digest: &Digest, size: u64) -> bool {
         fs::metadata(self.blob_path(digest)).is_ok_and(|m| m.is_file() && m.len() == size)
+    }
+
+    /// Whether the blob is there, to be named by an entry that is written later: until then it is
+    /// safe from cleaning, which leaves what was used since a run at work began.
+    pub(super) fn use_blob(&self, digest: &Digest, size: u64) -> bool {
+        let Ok(_gate) = self.gate() else { return false };
+        self.has_blob(digest, size) && Self::touch(&self.blob_path(digest))
     }
 
     /// Gives a synced file its name among the objects.
@@ -176,7 +183,7 @@ fn walk(dir: &Path, prefix: &str, files: &mut Vec<(String, PathBuf)>) -> Result<
 }
 
 /// A name of an adopted file must stay inside its artifact.
-fn check_name(name: &str) -> Result<()> {
+pub(super) fn check_name(name: &str) -> Result<()> {
     let good = name.split('/').all(|part| !matches!(part, "" | "." | "..")) && !name.contains('\0');
     if good {
         return Ok(());

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::blob::{Staged, seal};
+use super::blob::{Staged, check_name, seal};
 use super::{Store, Sync, list_sharded, rename_into, sync_dir, write_file};
 use crate::key::Explained;
 
@@ -92,7 +92,7 @@ pub struct Entry {
 
 impl Entry {
     /// The entry in a file's bytes, or what is wrong with them.
-    fn parse(bytes: &[u8], key: &Digest) -> Result<Self, String> {
+    pub(super) fn parse(bytes: &[u8], key: &Digest) -> Result<Self, String> {
         let text = std::str::from_utf8(bytes).map_err(|_| "it is not text".to_owned())?;
         let (json, checksum) = text
             .strip_suffix('\n')
@@ -108,7 +108,7 @@ impl Entry {
         Ok(entry)
     }
 
-    fn to_bytes(&self) -> Result<Vec<u8>> {
+    pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = serde_json::to_vec(self)?;
         let checksum = Digest::of_bytes(&bytes);
         bytes.extend_from_slice(format!("\n{checksum}\n").as_bytes());
@@ -124,6 +124,15 @@ impl Entry {
             (artifact.manifest.digest() != artifact.digest)
                 .then(|| format!("the manifest of its output `{name}` is wrong"))
         })
+    }
+}
+
+impl Entry {
+    /// The same for an entry from elsewhere, of which nothing is taken for granted.
+    pub(super) fn check_foreign(&self) -> Option<String> {
+        let mut files = self.outputs.values().flat_map(|a| &a.manifest.files);
+        let bad = || files.find_map(|f| check_name(&f.name).err()).map(|e| e.to_string());
+        self.check().or_else(bad)
     }
 }
 
@@ -158,11 +167,27 @@ pub(crate) enum Lookup {
     },
 }
 
+/// An entry as a line of a list.
+pub(super) fn info(entry: &Entry) -> EntryInfo {
+    EntryInfo {
+        key: entry.key,
+        kind: entry.explained.key.kind.clone(),
+        created: entry.created.clone(),
+        size: entry.outputs.values().map(StoredArtifact::size).sum(),
+        wall_ms: entry.wall_ms,
+    }
+}
+
 impl Store {
     /// The result under a key, if it is whole: the entry's checksum fits, and each of its blobs
-    /// exists with its size. What is not whole goes into quarantine.
+    /// exists with its size. It is then safe from cleaning as long as the run that asks goes on. What
+    /// is not whole goes into quarantine.
     pub(crate) fn lookup(&self, key: &Digest) -> Result<Lookup> {
+        let _gate = self.gate()?;
         let found = self.inspect(key)?;
+        if let Lookup::Hit(_) = found {
+            Self::touch(&self.entry_path(key));
+        }
         if let Lookup::Corrupt { why, paths } = &found {
             tracing::warn!("the store's entry {} is damaged: {why}", key.short());
             paths.iter().try_for_each(|path| self.quarantine(path))?;
@@ -216,6 +241,8 @@ impl Store {
         let files: Vec<&Path> =
             moves.iter().map(|(path, _)| path.as_path()).chain([tmp.as_path()]).collect();
         files.par_iter().try_for_each(|path| seal(path))?;
+        // A blob that no entry names yet must not be taken for one that none names any more.
+        let _gate = self.gate()?;
         for (path, digest) in moves {
             self.move_in(path, digest)?;
         }
@@ -251,20 +278,8 @@ impl Store {
     /// # Errors
     /// When the store cannot be read.
     pub fn ls(&self) -> Result<Vec<EntryInfo>> {
-        let mut entries: Vec<EntryInfo> = self
-            .entries()?
-            .into_iter()
-            .filter_map(|(_, entry)| {
-                let entry = entry.ok()?;
-                Some(EntryInfo {
-                    key: entry.key,
-                    size: entry.outputs.values().map(StoredArtifact::size).sum(),
-                    kind: entry.explained.key.kind,
-                    created: entry.created,
-                    wall_ms: entry.wall_ms,
-                })
-            })
-            .collect();
+        let mut entries: Vec<EntryInfo> =
+            self.entries()?.into_iter().filter_map(|(_, entry)| Some(info(&entry.ok()?))).collect();
         entries.sort_by(|a, b| b.created.cmp(&a.created).then(a.key.cmp(&b.key)));
         Ok(entries)
     }

@@ -1,10 +1,12 @@
 //! Kernel locks on files: free at once when their holder dies, so none is ever stale.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use lora_flow_core::{CancelToken, Error, Result};
 
@@ -129,8 +131,47 @@ fn open(path: &Path) -> Result<File> {
     })
 }
 
-/// Name of the lock that runs share and that cleaning takes for itself.
-const STORE_LOCK: &str = "store.lock";
+/// Name of the lock that runs share, and that whoever wants to be alone in the store takes.
+pub(super) const STORE_LOCK: &str = "store.lock";
+
+/// Name of the gate's lock.
+const GATE_LOCK: &str = "gate.lock";
+
+/// Locks whose files are never deleted: processes keep them open.
+pub(super) const LASTING: [&str; 2] = [STORE_LOCK, GATE_LOCK];
+
+/// A lock that is held while results are looked up or taken in, and that cleaning has for itself
+/// while it deletes. Entering costs two system calls at most; threads of a process share one hold.
+#[derive(Debug, Default)]
+pub(super) struct Gate(Mutex<GateState>);
+
+#[derive(Debug, Default)]
+struct GateState {
+    file: Option<File>,
+    holders: usize,
+}
+
+/// Keeps cleaning out.
+#[derive(Debug)]
+pub(crate) struct GateGuard<'a>(&'a Gate);
+
+impl Gate {
+    fn state(&self) -> MutexGuard<'_, GateState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for GateGuard<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.holders -= 1;
+        if let (0, Some(file)) = (state.holders, &state.file)
+            && let Err(e) = file.unlock()
+        {
+            tracing::debug!("the gate of the store does not open: {e}");
+        }
+    }
+}
 
 impl Store {
     /// For a run: nothing is cleaned away while this is held. What dead runs left in `tmp/` goes
@@ -161,11 +202,49 @@ impl Store {
         Ok(FileLock::try_exclusive(&self.lock_path(STORE_LOCK))?.is_none())
     }
 
-    /// For cleaning: no run is at work while this is held.
-    pub(super) fn lock_for_cleaning(&self) -> Result<FileLock> {
-        FileLock::try_exclusive(&self.lock_path(STORE_LOCK))?.ok_or_else(|| {
-            Error::new("the store is in use by a running pipeline")
-                .with_hint("clean it when the run has ended")
+    /// Keeps cleaning out for a moment; waits if one is deleting now.
+    pub(crate) fn gate(&self) -> Result<GateGuard<'_>> {
+        let mut state = self.gate.state();
+        if state.holders == 0 {
+            let file = match state.file.take() {
+                Some(file) => file,
+                None => open(&self.lock_path(GATE_LOCK))?,
+            };
+            file.lock_shared()?;
+            state.file = Some(file);
+        }
+        state.holders += 1;
+        Ok(GateGuard(&self.gate))
+    }
+
+    /// For cleaning: nothing is looked up or taken in while this is held.
+    pub(super) fn gate_for_cleaning(&self) -> Result<FileLock> {
+        FileLock::exclusive(&self.lock_path(GATE_LOCK), &CancelToken::default(), || {
+            tracing::info!("waiting for others to let go of the store");
         })
+    }
+
+    /// Says that a run is at work, while it is held. The file's time is the run's beginning.
+    pub(crate) fn lock_run(&self, id: &str) -> Result<FileLock> {
+        let path = self.lock_path(&format!("run-{id}.lock"));
+        FileLock::exclusive(&path, &CancelToken::default(), || {})
+    }
+
+    /// Runs that are at work, and when they began.
+    pub(super) fn live_runs(&self) -> Result<BTreeMap<String, SystemTime>> {
+        let mut live = BTreeMap::new();
+        for path in super::list_dir(&self.dir.join("locks"))? {
+            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            let id = name.strip_prefix("run-").and_then(|n| n.strip_suffix(".lock"));
+            let Some(id) = id else { continue };
+            let Ok(began) = std::fs::metadata(&path).and_then(|m| m.modified()) else { continue };
+            match FileLock::try_exclusive(&path)? {
+                Some(dead) => dead.remove(),
+                None => {
+                    live.insert(id.to_owned(), began);
+                }
+            }
+        }
+        Ok(live)
     }
 }

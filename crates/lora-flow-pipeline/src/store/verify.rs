@@ -28,6 +28,8 @@ impl Store {
     /// When the store cannot be read or written.
     pub fn verify(&self) -> Result<VerifyReport> {
         let _lock = self.lock_shared(&CancelToken::default())?;
+        // What a cleaning takes away meanwhile would look like damage.
+        let _gate = self.gate()?;
         let mut report = VerifyReport::default();
         // Entries first: a run beside this one may add blobs and entries meanwhile, and an entry
         // read now must find its blobs in the list made later.

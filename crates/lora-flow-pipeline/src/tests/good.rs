@@ -239,7 +239,7 @@ fn plugins_offer_kinds_and_defaults() {
     std::fs::write(
         plug.join("plugin.yaml"),
         "protocol: 1\nname: plug\nversion: 0.2\ndescription: d\ncommand: [python3, main.py]\n\
-         network: true\nenv: [TOKEN, OTHER]\ntasks:\n  fetch:\n    summary: gets things\n    \
+         network: true\nenv: [TOKEN, OTHER, UNSET]\npassthrough: [PROXY]\ntasks:\n  fetch:\n    summary: gets things\n    \
          inputs: { extra: { kind: [Files, Dataset], required: false, many: true, doc: more } }\n    \
          outputs: { files: { kind: Files, doc: it } }\n    params:\n      type: object\n      \
          required: [what]\n      properties:\n        what: { type: string }\n        \
@@ -251,13 +251,15 @@ fn plugins_offer_kinds_and_defaults() {
                 a: { uses: fetch, with: { what: x } }\n  \
                 b: { uses: model, inputs: { files: a }, with: { source: x } }\n";
     let mut options = options();
-    for name in ["TOKEN", "OTHER", "UNRELATED"] {
+    for name in ["TOKEN", "OTHER", "UNRELATED", "PROXY"] {
         options.env.insert(name.into(), "1".into());
     }
     let plan = compile_in(dir.path(), text, &options).unwrap_or_else(|e| panic!("{e}"));
     let a = task(&plan, "a");
     assert_eq!(a.params, json!({ "what": "x", "depth": 2, "opts": { "a": "x" } }));
-    assert_eq!(a.env.keys().collect::<Vec<_>>(), ["TOKEN"]);
+    assert_eq!(a.env.keys().collect::<Vec<_>>(), ["OTHER", "TOKEN"], "all that it may depend on");
+    assert!(a.network);
+    assert!(task(&plan, "b").env.is_empty() && !task(&plan, "b").network);
     assert_eq!(a.outputs.get("files").unwrap().doc, "it");
     assert!(a.input_ports.get("extra").unwrap().many);
     let manifest = crate::PluginManifest::load(&plug).unwrap();

@@ -7,6 +7,7 @@ mod diff;
 mod doctor;
 mod export;
 mod generate;
+mod lock;
 mod plan;
 mod plugin;
 mod run;
@@ -18,7 +19,8 @@ mod why;
 use std::path::{Path, PathBuf};
 
 use lora_flow_core::Error;
-use lora_flow_pipeline::{CompileOptions, Engine, Plan, compile};
+use lora_flow_pipeline::{CompileOptions, Engine, Plan, Remote, compile};
+use lora_flow_remote::{Bucket, Patience};
 
 use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs, PluginCommand};
 use crate::ui::{self, Failure};
@@ -31,6 +33,7 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Status(args) => why::status(&args),
         Command::Why(args) => why::why(&args),
         Command::Check(args) => check(&args),
+        Command::Lock(args) => lock::lock(&args),
         Command::Graph(args) => draw(&args),
         Command::Runs { limit, json } => runs::list(limit, json),
         Command::Show { run, json } => runs::show(&run, json),
@@ -71,7 +74,21 @@ fn load(args: &PipelineArgs) -> Result<Plan, Failure> {
 
 /// The engine over the store of a pipeline.
 fn engine(plan: &Plan) -> Result<Engine, Failure> {
-    Ok(Engine::open(&plan.root, ui::global().cache_dir.as_deref())?)
+    // A bad URL is to be known before anything is done.
+    let remote = remote()?;
+    Ok(Engine::open(&plan.root, ui::global().cache_dir.as_deref())?.with_remote(remote))
+}
+
+/// The remote cache that the options name.
+fn remote() -> Result<Option<Remote>, Failure> {
+    let global = ui::global();
+    let Some(url) = global.remote.as_deref().filter(|url| !url.is_empty()) else {
+        return Ok(None);
+    };
+    let variables = std::env::vars_os()
+        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+    let bucket = Bucket::open(url, variables, Patience::default()).map_err(Failure::Usage)?;
+    Ok(Some(Remote::new(Box::new(bucket), global.remote_read_only)))
 }
 
 /// The engine over the store that this folder, or the nearest one above it, has.
@@ -87,7 +104,7 @@ fn engine_here() -> Result<Engine, Failure> {
                 .with_hint("run a pipeline first, or name the store with `--cache-dir`"),
         ));
     }
-    Ok(Engine::open(&root.unwrap_or(here), cache_dir)?)
+    Ok(Engine::open(&root.unwrap_or(here), cache_dir)?.with_remote(remote()?))
 }
 
 /// A path as the user would write it from here.

@@ -40,6 +40,7 @@ pub fn print(
             .map(|task| {
                 let (state, reasons) = match &task.state {
                     State::Cached => ("cached", Vec::new()),
+                    State::CachedRemote => ("cached (remote)", Vec::new()),
                     State::Stale(reasons) => {
                         ("will run", reasons.iter().map(ToString::to_string).collect())
                     }
@@ -58,6 +59,10 @@ pub fn print(
             State::Cached => {
                 cached += 1;
                 ("cached", String::new())
+            }
+            State::CachedRemote => {
+                cached += 1;
+                ("cached (remote)", String::new())
             }
             State::Stale(reasons) => {
                 ("will run", reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))

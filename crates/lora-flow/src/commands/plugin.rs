@@ -40,7 +40,7 @@ fn build(manifest: &PluginManifest, products: &Path) -> Result<(), Failure> {
     let mut command = Command::new(word(program, true));
     command.args(args.iter().map(|arg| word(arg, false))).current_dir(&manifest.dir).env_clear();
     let always = ["PATH", "HOME", "LANG"];
-    for name in always.into_iter().chain(manifest.env.iter().map(String::as_str)) {
+    for name in always.into_iter().chain(manifest.variables()) {
         if let Some(value) = std::env::var_os(name) {
             command.env(name, value);
         }

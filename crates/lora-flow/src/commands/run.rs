@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use lora_flow_core::CancelToken;
-use lora_flow_pipeline::{RunOptions, RunReport, Status, TaskOutcome};
+use lora_flow_pipeline::{Pinned, RunOptions, RunReport, Status, TaskOutcome};
 
 use crate::args::RunArgs;
 use crate::commands::ci;
@@ -17,6 +17,15 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     // A device that cannot be had is better known now than after the tasks before training.
     lora_flow_train::open_device(args.choice.device).map_err(Failure::Usage)?;
     let engine = commands::engine(&plan)?;
+    let device = args.choice.device;
+    let pinned = match args.locked {
+        true => commands::lock::check(&engine, &plan, &args.pipeline, device)?,
+        false => Pinned::new(),
+    };
+    let occupied = engine.check_targets(&plan, &args.choice.force, device)?;
+    if !occupied.is_empty() {
+        return Err(occupied.into());
+    }
     if args.dry_run {
         return commands::plan::print(&engine, &plan, &args.choice, args.json);
     }
@@ -42,6 +51,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         device: args.choice.device,
         allow_network: !args.offline,
         cancel,
+        pinned,
         command_line: std::env::args().collect(),
     };
     let report = engine.run(&plan, &options, progress::observer(args.ci))?;
@@ -53,6 +63,9 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     if args.ci {
         let junit = args.junit.as_deref().unwrap_or(Path::new(ci::JUNIT));
         ci::write(&report, junit)?;
+    }
+    if args.update_lock && report.exit_code() == 0 {
+        commands::lock::write(&engine, &plan, &args.pipeline, device)?;
     }
     Ok(report.exit_code())
 }
@@ -109,6 +122,7 @@ pub fn print_tasks(report: &RunReport) {
 pub fn state(task: &TaskOutcome) -> String {
     match &task.status {
         Status::Ran => "ran".to_owned(),
+        Status::Cached if task.pulled => "cached (remote)".to_owned(),
         Status::Cached => "cached".to_owned(),
         Status::Failed => "FAILED".to_owned(),
         Status::Denied { cached: false } => "DENIED".to_owned(),

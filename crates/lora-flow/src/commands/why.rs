@@ -110,6 +110,7 @@ pub fn status(args: &PlanArgs) -> Result<i32, Failure> {
 fn words(task: &TaskStatus) -> (&'static str, Vec<String>) {
     match &task.state {
         State::Cached => ("cached", Vec::new()),
+        State::CachedRemote => ("cached (remote)", Vec::new()),
         State::Stale(reasons) => ("will run", reasons.iter().map(ToString::to_string).collect()),
         State::Unknown(reasons) => ("depends", reasons.clone()),
     }

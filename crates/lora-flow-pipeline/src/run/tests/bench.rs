@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::plan::{InputEdge, Plan, PlannedTask, ResolvedFiles, Resources};
 use crate::run::{Engine, Observer, RunOptions, RunReport, State, TaskOutcome};
-use crate::source::{SourceFile, Span};
+use crate::source::{SourceFile, Sources, Span};
 
 /// What a task does.
 pub(crate) type Body = Arc<dyn Fn(&mut TaskContext) -> Result<()> + Send + Sync>;
@@ -140,6 +140,8 @@ impl Bench {
             task,
             files: Vec::new(),
             publish: Vec::new(),
+            publish_spans: Vec::new(),
+            network: false,
             env: BTreeMap::new(),
             resources: Resources::default(),
             timeout: None,
@@ -181,10 +183,13 @@ impl Bench {
     }
 
     pub(crate) fn plan(&self) -> Plan {
+        let source = SourceFile::new(self.path("p.yaml"), "name: bench\n");
         Plan {
             name: self.name.clone(),
             description: String::new(),
-            source: SourceFile::new(self.path("p.yaml"), "name: bench\n"),
+            env: Vec::new(),
+            sources: Sources::new(&source),
+            source,
             root: self.root().to_owned(),
             params: json!({}),
             tasks: self.tasks.clone(),
@@ -225,6 +230,7 @@ impl Bench {
         let statuses = self.engine().explain(&self.plan(), force, DeviceSpec::Cpu).unwrap();
         let line = |s: crate::run::TaskStatus| match s.state {
             State::Cached => format!("{}: cached", s.id),
+            State::CachedRemote => format!("{}: cached (remote)", s.id),
             State::Stale(reasons) => {
                 let reasons: Vec<_> = reasons.iter().map(ToString::to_string).collect();
                 format!("{}: runs: {}", s.id, reasons.join("; "))

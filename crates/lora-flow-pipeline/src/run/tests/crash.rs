@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use serde_json::json;
@@ -206,68 +205,6 @@ fn whole_parts_of_the_store_may_vanish() {
         assert_eq!(report.exit_code(), 0, "without `{part}`");
         assert_eq!(text(&bench, &report, "a"), r#"{"n":"some text"}"#);
     }
-}
-
-#[test]
-fn cleaning_keeps_what_recent_runs_and_young_entries_need() {
-    let mut bench = chain();
-    bench.run();
-    bench.set_params("b", json!({ "n": 3 }));
-    bench.run();
-    let engine = bench.engine();
-    assert_eq!(engine.store().ls().unwrap().len(), 3);
-    let day = Duration::from_secs(24 * 3600);
-    let kept = engine.gc(1, day, false).unwrap();
-    assert_eq!((kept.entries, kept.blobs), (0, 0), "all are young");
-    let would = engine.gc(1, Duration::ZERO, true).unwrap();
-    assert_eq!((would.entries, would.runs), (1, 1));
-    assert_eq!(engine.store().ls().unwrap().len(), 3, "a dry run removes nothing");
-    let freed = engine.gc(1, Duration::ZERO, false).unwrap();
-    assert_eq!((freed.entries, freed.blobs, freed.runs), (would.entries, would.blobs, 1));
-    assert!(freed.bytes > 0);
-    bench.taken();
-    assert_eq!(bench.executes(), [""; 0], "the last run's results are kept");
-    let freed = engine.gc(0, Duration::ZERO, false).unwrap();
-    assert_eq!(freed.entries, 2);
-    assert!(files_below(&bench.store_dir().join("objects")).is_empty());
-    assert_eq!(bench.explained()[0], "a: runs: its last result is no longer in the store");
-    assert_eq!(bench.executes(), ["a", "b"]);
-}
-
-#[test]
-fn killed_runs_do_not_take_the_place_of_those_that_ended() {
-    let bench = chain();
-    bench.run();
-    for killed in ["29990101-000000-0001", "29990101-000000-0002"] {
-        fs::create_dir_all(bench.store_dir().join("runs").join(killed)).unwrap();
-    }
-    let freed = bench.engine().gc(1, Duration::ZERO, false).unwrap();
-    assert_eq!((freed.entries, freed.blobs, freed.runs), (0, 0, 0));
-}
-
-#[test]
-fn cleaning_refuses_beside_a_running_pipeline_and_verification_does_not() {
-    let mut bench = Bench::new();
-    let (started, is_started) = mpsc::channel::<()>();
-    let (go_on, may_end) = mpsc::channel::<()>();
-    let may_end = std::sync::Mutex::new(may_end);
-    bench.add_with("a", json!({}), &[], move |cx| {
-        started.send(()).unwrap();
-        may_end.lock().unwrap().recv().unwrap();
-        cx.output("out")?.write("text", "x")
-    });
-    let bench = Arc::new(bench);
-    let running = bench.clone();
-    let run = std::thread::spawn(move || running.run().exit_code());
-    is_started.recv().unwrap();
-    let engine = bench.engine();
-    let error = engine.gc(0, Duration::ZERO, false).unwrap_err();
-    assert_eq!(error.to_string(), "the store is in use by a running pipeline");
-    assert!(engine.store().verify().unwrap().problems.is_empty());
-    assert_eq!(bench.explained(), ["a: runs: never run"]);
-    go_on.send(()).unwrap();
-    assert_eq!(run.join().unwrap(), 0);
-    assert!(engine.gc(0, Duration::ZERO, false).is_ok());
 }
 
 #[test]

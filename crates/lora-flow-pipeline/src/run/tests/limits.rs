@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use lora_flow_core::Digest;
+use lora_flow_core::{DeviceSpec, Digest};
 use serde_json::json;
 
 use super::bench::{Bench, files_below, out};
 use crate::run::Status;
+use crate::source::Span;
 
 /// Runs eight sleeping tasks; the most that slept at once.
 fn most_at_once(jobs: usize, gpu: usize) -> usize {
@@ -228,4 +229,57 @@ fn a_file_or_a_link_at_the_target() {
     assert!(bench.path("out/model").is_symlink());
     assert_eq!(fs::read_to_string(bench.path("elsewhere/real/text")).unwrap(), "one");
     assert_eq!(files_below(&bench.path("elsewhere")).len(), 4);
+}
+
+/// What is in the way of publishing, before anything ran.
+fn in_the_way(bench: &Bench) -> Vec<String> {
+    let engine = bench.engine();
+    let found = engine.check_targets(&bench.plan(), &[], DeviceSpec::Cpu).unwrap();
+    let root = bench.path("").display().to_string();
+    found.iter().map(|d| d.to_string().replace(&root, "")).collect()
+}
+
+#[test]
+fn occupied_targets_are_known_before_anything_runs() {
+    let mut bench = publishing("one");
+    bench.task("a").publish_spans = vec![Span::new(6, 11)];
+    let target = bench.path("out/model");
+    assert!(in_the_way(&bench).is_empty(), "nothing is there");
+    fs::create_dir_all(bench.path("out")).unwrap();
+    fs::write(&target, "a file").unwrap();
+    assert_eq!(
+        in_the_way(&bench),
+        [
+            "p.yaml:1:7: cannot publish to `out/model`: the target is a file\n  hint: `publish` names \
+          a folder; the artifact's files are put into it"
+        ]
+    );
+    fs::remove_file(&target).unwrap();
+    fs::create_dir(&target).unwrap();
+    assert!(in_the_way(&bench).is_empty(), "an empty folder");
+    fs::write(target.join("text"), "precious").unwrap();
+    let not_ours =
+        ["p.yaml:1:7: cannot publish to `out/model`: the folder exists and lora-flow did \
+                     not make it\n  hint: remove it, or publish to another folder"];
+    assert_eq!(in_the_way(&bench), not_ours);
+    // The very same content is taken for ours, once it is known.
+    for (name, text) in [("text", "one"), ("one", "named by its content"), ("sub/more", "more")] {
+        fs::create_dir_all(target.join("sub")).unwrap();
+        fs::write(target.join(name), text).unwrap();
+    }
+    assert_eq!(in_the_way(&bench), not_ours);
+    let kept = std::mem::take(&mut bench.task("a").publish);
+    assert_eq!(bench.run().exit_code(), 0);
+    bench.task("a").publish = kept;
+    assert!(in_the_way(&bench).is_empty());
+    assert_eq!(bench.run().exit_code(), 0);
+    assert!(in_the_way(&bench).is_empty(), "it is ours now");
+    bench.name = "other".to_owned();
+    let of_another = in_the_way(&bench);
+    assert!(of_another[0].contains("the pipeline `bench` published this folder"), "{of_another:?}");
+    // A file where a folder on the way has to be.
+    fs::remove_dir_all(bench.path("out")).unwrap();
+    fs::write(bench.path("out"), "").unwrap();
+    assert!(in_the_way(&bench)[0].contains("`out` is not a folder"));
+    assert_eq!(bench.taken(), ["a"]);
 }
