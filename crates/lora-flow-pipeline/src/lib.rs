@@ -14,6 +14,7 @@ mod compile;
 mod explain;
 mod expr;
 mod files;
+mod fits;
 mod graph;
 mod include;
 mod kinds;

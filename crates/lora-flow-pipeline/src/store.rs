@@ -24,6 +24,7 @@
 mod blob;
 mod entry;
 mod gc;
+mod hash;
 mod lock;
 mod verify;
 
@@ -35,10 +36,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use lora_flow_core::{CancelToken, Digest, Error, Result, ResultExt};
 
-pub(crate) use blob::{Staged, hash_file};
+pub(crate) use blob::Staged;
 pub(crate) use entry::Lookup;
 pub use entry::{Entry, EntryInfo, Manifest, ManifestFile, StoredArtifact};
 pub use gc::Freed;
+pub(crate) use hash::hash_file;
 pub(crate) use lock::FileLock;
 pub use verify::VerifyReport;
 

@@ -13,12 +13,12 @@ use crate::{commands, progress};
 
 pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     let plan = commands::load(&args.pipeline)?;
-    commands::plan::check_forced(&plan, &args.choice.force)?;
+    commands::plan::check_forced(plan, &args.choice.force)?;
     // A device that cannot be had is better known now than after the tasks before training.
     lora_flow_train::open_device(args.choice.device).map_err(Failure::Usage)?;
-    let engine = commands::engine(&plan)?;
+    let engine = commands::engine(plan)?;
     if args.dry_run {
-        return commands::plan::print(&engine, &plan, &args.choice, args.json);
+        return commands::plan::print(&engine, plan, &args.choice, args.json);
     }
 
     let cancel = CancelToken::default();
@@ -44,7 +44,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         cancel,
         command_line: std::env::args().collect(),
     };
-    let report = engine.run(&plan, &options, progress::observer(args.ci))?;
+    let report = engine.run(plan, &options, progress::observer(args.ci))?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
