@@ -225,6 +225,7 @@ def main():
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
+    args.b3sum = str(Path(shutil.which(args.b3sum) or args.b3sum).resolve())
     own = LoraFlow(str(Path(args.lora_flow).resolve()))
     programs = [own]
     if args.before:
@@ -277,10 +278,10 @@ def main():
         print("\npeak memory, MB:", {n: round(max(m["memory"] for m in r)) for n, r in results.items()})
 
     if "hash" in args.only:
-        hashing(args, own, work)
+        hashing(args, [p for p in programs if isinstance(p, LoraFlow)], work)
 
 
-def hashing(args, own, work):
+def hashing(args, programs, work):
     """An input of 1 GiB that lies in the page cache: hashed for a plan, then known."""
     folder = work / "hash"
     folder.mkdir()
@@ -294,21 +295,21 @@ def hashing(args, own, work):
     time.sleep(2.5)  # a file that changed within two seconds is not remembered
     (folder / "pipeline.yaml").write_text(
         "name: hash\ntasks:\n  rows: { uses: ingest, with: { files: rows.jsonl } }\n")
-    plan = [own.binary, "plan", "pipeline.yaml"]
     threads = {"RAYON_NUM_THREADS": str(os.cpu_count())}
 
-    def first():
+    def first(program):
         shutil.rmtree(folder / ".lora-flow", ignore_errors=True)
-        return measure(plan, folder, threads, reads=True)
+        return measure([program.binary, "plan", "pipeline.yaml"], folder, threads, reads=True)
     b3sum = [args.b3sum, "--num-threads", str(os.cpu_count())]
     results = turns(args.rounds, {
-        "lora-flow": first,
+        **{p.name: lambda p=p: first(p) for p in programs},
         "b3sum": lambda: measure([*b3sum, "rows.jsonl"], folder),
         "b3sum --no-mmap": lambda: measure([*b3sum, "--no-mmap", "rows.jsonl"], folder),
     })
     head()
     row("1 GiB input", results)
-    again = measure(plan, folder, reads=True)
+    first(programs[0])
+    again = measure([programs[0].binary, "plan", "pipeline.yaml"], folder, reads=True)
     print(f"\nbytes read: {results['lora-flow'][-1]['read']}, "
           f"again {again['read']} in {again['cpu']:.3f} CPU s")
 
