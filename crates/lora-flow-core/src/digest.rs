@@ -9,6 +9,8 @@ use serde_json::Value;
 
 use crate::{Error, Result};
 
+const HEX: &[u8; 16] = b"0123456789abcdef";
+
 /// A BLAKE3 digest, written as 64 lower-case hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest(pub [u8; 32]);
@@ -43,13 +45,22 @@ impl Digest {
 
     /// The first twelve digits, for people.
     pub fn short(&self) -> String {
-        self.to_string()[..12].to_owned()
+        self.hex(&mut [0; 64])[..12].to_owned()
+    }
+
+    /// All digits. A no-op run writes and reads thousands of them: no formatting machinery here.
+    fn hex<'a>(&self, text: &'a mut [u8; 64]) -> &'a str {
+        for (pair, byte) in text.chunks_exact_mut(2).zip(self.0) {
+            pair[0] = HEX[usize::from(byte >> 4)];
+            pair[1] = HEX[usize::from(byte & 15)];
+        }
+        std::str::from_utf8(text).unwrap_or_default()
     }
 }
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+        f.pad(self.hex(&mut [0; 64]))
     }
 }
 
@@ -64,12 +75,13 @@ impl std::str::FromStr for Digest {
 
     fn from_str(s: &str) -> Result<Self> {
         let bad = || Error::new(format!("`{s}` is not a digest of 64 hexadecimal digits"));
-        if s.len() != 64 || !s.is_ascii() {
+        if s.len() != 64 {
             return Err(bad());
         }
+        let digit = |c: u8| char::from(c).to_digit(16).map(|d| d as u8).ok_or_else(bad);
         let mut out = [0u8; 32];
-        for (i, byte) in out.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&s[2 * i..2 * i + 2], 16).map_err(|_| bad())?;
+        for (byte, pair) in out.iter_mut().zip(s.as_bytes().chunks_exact(2)) {
+            *byte = digit(pair[0])? << 4 | digit(pair[1])?;
         }
         Ok(Self(out))
     }
@@ -77,51 +89,66 @@ impl std::str::FromStr for Digest {
 
 impl Serialize for Digest {
     fn serialize<S: serde::Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
-        s.collect_str(self)
+        s.serialize_str(self.hex(&mut [0; 64]))
     }
 }
 
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+        struct Digits;
+        impl serde::de::Visitor<'_> for Digits {
+            type Value = Digest;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a digest of 64 hexadecimal digits")
+            }
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> std::result::Result<Digest, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+        d.deserialize_str(Digits)
     }
 }
 
 /// JSON with sorted keys and no white space: equal values give equal text, whatever order
 /// their keys were written in.
 pub fn canonical_json(value: &Value) -> String {
-    fn write(value: &Value, out: &mut String) {
+    fn write(value: &Value, out: &mut Vec<u8>) {
         match value {
             Value::Object(map) => {
                 let mut entries: Vec<_> = map.iter().collect();
                 entries.sort_by_key(|(k, _)| *k);
-                out.push('{');
+                out.push(b'{');
                 for (i, (key, value)) in entries.into_iter().enumerate() {
                     if i > 0 {
-                        out.push(',');
+                        out.push(b',');
                     }
-                    out.push_str(&Value::from(key.as_str()).to_string());
-                    out.push(':');
+                    write_scalar(key, out);
+                    out.push(b':');
                     write(value, out);
                 }
-                out.push('}');
+                out.push(b'}');
             }
             Value::Array(items) => {
-                out.push('[');
+                out.push(b'[');
                 for (i, item) in items.iter().enumerate() {
                     if i > 0 {
-                        out.push(',');
+                        out.push(b',');
                     }
                     write(item, out);
                 }
-                out.push(']');
+                out.push(b']');
             }
-            scalar => out.push_str(&scalar.to_string()),
+            Value::String(text) => write_scalar(text, out),
+            scalar => write_scalar(scalar, out),
         }
     }
-    let mut out = String::new();
+    fn write_scalar<T: Serialize + ?Sized>(scalar: &T, out: &mut Vec<u8>) {
+        // Writing to memory fails for no scalar.
+        let _ = serde_json::to_writer(out, scalar);
+    }
+    let mut out = Vec::new();
     write(value, &mut out);
-    out
+    String::from_utf8(out).unwrap_or_default()
 }
 
 #[cfg(test)]

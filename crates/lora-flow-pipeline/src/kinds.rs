@@ -126,33 +126,26 @@ pub(crate) enum Maker {
 pub(crate) struct Kind {
     pub name: String,
     pub maker: Maker,
-    compiled: OnceLock<(Value, Option<Validator>)>,
+    schema: OnceLock<Value>,
+    validator: OnceLock<Option<Validator>>,
 }
 
 impl Kind {
-    fn compiled(&self) -> &(Value, Option<Validator>) {
-        self.compiled.get_or_init(|| {
-            let schema = match &self.maker {
-                Maker::Builtin(kind) => (kind.schema)().to_value(),
-                Maker::Plugin(manifest, i) => {
-                    manifest.kinds.get(*i).map_or(Value::Bool(true), |k| k.params.clone())
-                }
-            };
-            // A built-in schema is always valid, and that of a plugin was tried when its manifest
-            // was read.
-            let validator = jsonschema::validator_for(&schema).ok();
-            (schema, validator)
-        })
-    }
-
     /// JSON Schema of the parameters.
     pub fn schema(&self) -> &Value {
-        &self.compiled().0
+        self.schema.get_or_init(|| match &self.maker {
+            Maker::Builtin(kind) => (kind.schema)().to_value(),
+            Maker::Plugin(manifest, i) => {
+                manifest.kinds.get(*i).map_or(Value::Bool(true), |k| k.params.clone())
+            }
+        })
     }
 
     /// The schema, ready to check values.
     pub fn validator(&self) -> Option<&Validator> {
-        self.compiled().1.as_ref()
+        // A built-in schema is always valid, and that of a plugin was tried when its manifest was
+        // read.
+        self.validator.get_or_init(|| jsonschema::validator_for(self.schema()).ok()).as_ref()
     }
 
     /// Version for [`crate::PlannedTask::kind_version`].
@@ -235,7 +228,12 @@ impl Kinds {
         if self.by_name.contains_key(name) {
             return self.by_name.get(name);
         }
-        let kind = Kind { name: name.to_owned(), maker, compiled: OnceLock::new() };
+        let kind = Kind {
+            name: name.to_owned(),
+            maker,
+            schema: OnceLock::new(),
+            validator: OnceLock::new(),
+        };
         self.by_name.insert(name.to_owned(), kind);
         None
     }

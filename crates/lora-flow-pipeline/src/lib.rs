@@ -6,7 +6,7 @@
 //! 1. `yaml`, `include`: text → a tree in which every key and value has its place.
 //! 2. `spec`: tree → the pipeline as written, its keys and their types.
 //! 3. `expr`, `matrix`: expressions replaced, tasks fanned out into members.
-//! 4. `params`, `kinds`, `explain`: each member's parameters checked, the task made.
+//! 4. `params`, `kinds`, `fits`, `explain`: each member's parameters checked, the task made.
 //! 5. `wiring`, `order`, `files`, `publish`: edges, order, outside files → [`Plan`].
 
 // The file: YAML with places → spec → plan.
@@ -14,6 +14,7 @@ mod compile;
 mod explain;
 mod expr;
 mod files;
+mod fits;
 mod graph;
 mod include;
 mod kinds;

@@ -8,6 +8,7 @@ use serde_json::{Number, Value};
 
 use crate::explain::{Finding, Subject};
 use crate::expr::Expanded;
+use crate::fits::surely_fits;
 use crate::kinds::Kind;
 use crate::plan::nearest_span;
 use crate::source::{Problems, Span};
@@ -152,6 +153,9 @@ pub(crate) fn configure(
 fn findings(kind: &Kind, params: &Value) -> Vec<Finding> {
     let subject = Subject { kind: &kind.name, schema: kind.schema(), aliases: ALIASES };
     let mut findings = Vec::new();
+    if surely_fits(params, subject.schema, subject.schema) {
+        return findings;
+    }
     if let Some(validator) = kind.validator() {
         validator.iter_errors(params).for_each(|e| subject.explain(&e, &mut findings));
     }

@@ -440,6 +440,9 @@ fn kinds(node: &Node, problems: &mut Problems) -> Vec<ArtifactKind> {
     kinds
 }
 
+/// The types of JSON Schema.
+const TYPES: [&str; 7] = ["string", "integer", "number", "boolean", "array", "object", "null"];
+
 /// The JSON Schema of a task's parameters. Unknown parameters are refused unless it says
 /// otherwise.
 fn params(node: &Node, problems: &mut Problems) -> Value {
@@ -458,12 +461,13 @@ fn params(node: &Node, problems: &mut Problems) -> Value {
     if !open.iter().any(|k| map.contains_key(*k)) {
         map.insert("additionalProperties".to_owned(), Value::Bool(false));
     }
+    if is_plain(&schema) {
+        return schema;
+    }
     if let Err(e) = jsonschema::validator_for(&schema) {
         let places = node.places().values;
         let span: Span =
             crate::plan::nearest_span(&places, e.instance_path().as_str()).unwrap_or(node.span);
-        const TYPES: [&str; 7] =
-            ["string", "integer", "number", "boolean", "array", "object", "null"];
         match (e.instance_path().as_str().ends_with("/type"), e.instance().as_str()) {
             (true, Some(name)) => problems.report(
                 span,
@@ -474,6 +478,26 @@ fn params(node: &Node, problems: &mut Problems) -> Value {
         }
     }
     schema
+}
+
+/// Whether a schema is surely valid, because it is made of the commonest keywords alone. Only the
+/// others are held against the schema of schemas, whose making takes longer than a no-op run.
+fn is_plain(schema: &Value) -> bool {
+    let Value::Object(map) = schema else { return schema.is_boolean() };
+    map.iter().all(|(keyword, value)| match keyword.as_str() {
+        "title" | "description" | "format" => value.is_string(),
+        "enum" | "examples" => value.is_array(),
+        "required" => value.as_array().is_some_and(|names| {
+            names.iter().all(Value::is_string)
+                && (1..names.len()).all(|i| !names[..i].contains(&names[i]))
+        }),
+        "type" => value.as_str().is_some_and(|name| TYPES.contains(&name)),
+        "default" | "const" => true,
+        "minimum" | "maximum" => value.is_number(),
+        "items" | "additionalProperties" => is_plain(value),
+        "properties" => value.as_object().is_some_and(|all| all.values().all(is_plain)),
+        _ => false,
+    })
 }
 
 /// The problem of a plugin folder that has no manifest, for the place that names the folder.
@@ -499,6 +523,43 @@ pub(crate) fn missing_manifest(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plain_schemas_are_valid_and_invalid_ones_are_never_plain() {
+        let plain = json!({
+            "type": "object",
+            "properties": {
+                "a": { "type": "integer", "minimum": 1, "default": 2, "description": "d" },
+                "b": { "type": "array", "items": { "enum": ["x", 1] }, "examples": [[]] },
+            },
+            "required": ["a", "b"],
+            "additionalProperties": false,
+        });
+        assert!(is_plain(&plain));
+        assert!(jsonschema::validator_for(&plain).is_ok());
+        let invalid = [
+            json!(1),
+            json!({ "type": "text" }),
+            json!({ "type": ["text"] }),
+            json!({ "properties": [] }),
+            json!({ "properties": { "a": { "type": 1 } } }),
+            json!({ "required": ["a", "a"] }),
+            json!({ "required": "a" }),
+            json!({ "minimum": "1" }),
+            json!({ "description": 1 }),
+            json!({ "format": 1 }),
+            json!({ "enum": 1 }),
+            json!({ "examples": 1 }),
+            json!({ "items": "a" }),
+            json!({ "additionalProperties": 1 }),
+            json!({ "pattern": "(" }),
+            json!({ "$ref": "#/nowhere" }),
+        ];
+        for schema in invalid {
+            assert!(!is_plain(&schema), "{schema}");
+            assert!(jsonschema::validator_for(&schema).is_err(), "{schema}");
+        }
+    }
 
     #[test]
     fn paths_to_read_start_somewhere_known() {

@@ -25,6 +25,7 @@
 mod blob;
 mod entry;
 mod gc;
+mod hash;
 mod lock;
 pub(crate) mod remote;
 mod verify;
@@ -38,10 +39,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use lora_flow_core::{CancelToken, Digest, Error, Result, ResultExt};
 
-pub(crate) use blob::{Staged, hash_file};
+pub(crate) use blob::Staged;
 pub(crate) use entry::Lookup;
 pub use entry::{Entry, EntryInfo, Manifest, ManifestFile, StoredArtifact};
 pub use gc::{Freed, Keep};
+pub(crate) use hash::hash_file;
 pub(crate) use lock::FileLock;
 pub use remote::{Objects, Remote, RemoteError};
 pub use verify::VerifyReport;

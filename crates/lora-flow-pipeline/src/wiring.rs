@@ -1,6 +1,6 @@
 //! Connects members: `inputs` and `needs` → edges, with their kinds checked.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use lora_flow_core::{ArtifactKind, Port, Ports};
 
@@ -32,6 +32,7 @@ pub(crate) struct Net<'a> {
     by_task: HashMap<&'a str, Vec<usize>>,
     /// Task names in the order of the file.
     names: Vec<&'a str>,
+    known: HashSet<&'a str>,
 }
 
 /// `task`, `task.output`, `task[r=8]`, `task[r=8].output`.
@@ -78,7 +79,8 @@ impl<'a> Net<'a> {
         for (i, member) in members.iter().enumerate() {
             by_task.entry(member.spec.name.name.as_str()).or_default().push(i);
         }
-        Self { members, by_task, names }
+        let known = names.iter().copied().collect();
+        Self { members, by_task, names, known }
     }
 
     /// Connects one member.
@@ -190,7 +192,7 @@ impl<'a> Net<'a> {
             );
             return None;
         };
-        if self.names.contains(&parsed.task) {
+        if self.known.contains(parsed.task) {
             return Some(parsed);
         }
         let hint = suggest(parsed.task, self.names.iter().copied(), "the tasks are");

@@ -15,7 +15,7 @@ use crate::scalar::resolve_plain;
 use crate::source::{Diagnostic, SourceFile, Span};
 
 /// Most values a file may have once its aliases are followed.
-const MAX_NODES: usize = 100_000;
+const MAX_NODES: usize = 1_000_000;
 /// Deepest nesting of lists and mappings.
 const MAX_DEPTH: usize = 64;
 /// Largest file in bytes.
@@ -316,10 +316,25 @@ enum Content {
 #[derive(Default)]
 struct MapContent {
     entries: Vec<(Key, Node)>,
+    /// Places of all keys so far, once there are too many to look through.
+    places: HashMap<String, Span>,
     /// The key whose value comes next.
     key: Option<PendingKey>,
     /// Mappings under `<<`, the earlier ones winning.
     merged: Vec<(Key, Node)>,
+}
+
+impl MapContent {
+    /// Where a key stands already.
+    fn place(&mut self, name: &str) -> Option<Span> {
+        const FEW: usize = 16;
+        if self.entries.len() <= FEW {
+            return self.entries.iter().find(|(k, _)| k.name == name).map(|(k, _)| k.span);
+        }
+        let known = self.places.len();
+        self.places.extend(self.entries[known..].iter().map(|(k, _)| (k.name.clone(), k.span)));
+        self.places.get(name).copied()
+    }
 }
 
 enum PendingKey {
@@ -441,8 +456,7 @@ impl<'a> Tree<'a> {
             map.key = Some(PendingKey::Merge(key.span));
             return Ok(());
         }
-        let first = map.entries.iter().find(|(k, _)| k.name == key.name).map(|(k, _)| k.span);
-        let Some(first) = first else {
+        let Some(first) = map.place(&key.name) else {
             map.key = Some(PendingKey::Entry(key));
             return Ok(());
         };

@@ -33,6 +33,9 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// Lines of standard error that a failure's message quotes.
 const QUOTED: usize = 5;
 
+/// What an empty pipe takes without a reader, in bytes: a page.
+const ALWAYS_FITS: usize = 4096;
+
 /// Environment variables that every plugin gets.
 const ALWAYS: [&str; 3] = ["PATH", "HOME", "LANG"];
 
@@ -151,6 +154,8 @@ impl Program<'_> {
         let mut last_errors = VecDeque::new();
         let mut stopping: Option<(Instant, Error)> = None;
         let mut ended: Option<Instant> = None;
+        // With its pipes closed it is about to end.
+        let mut pause = Duration::from_micros(200);
         loop {
             match receiver.recv_timeout(TICK) {
                 // While it is being stopped, what it says no longer counts.
@@ -177,7 +182,10 @@ impl Program<'_> {
                 Err(RecvTimeoutError::Timeout) => {}
                 // Both pipes are closed: all is heard.
                 Err(RecvTimeoutError::Disconnected) if ended.is_some() => break,
-                Err(RecvTimeoutError::Disconnected) => thread::sleep(TICK),
+                Err(RecvTimeoutError::Disconnected) => {
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(TICK);
+                }
             }
             if ended.is_none() && group.has_ended()? {
                 ended = Some(Instant::now());
@@ -225,8 +233,13 @@ fn attach(child: &mut Child, input: Vec<u8>) -> mpsc::Receiver<Message> {
     // Bounded: a process that floods its output is slowed down, not buffered.
     let (sender, receiver) = mpsc::sync_channel(256);
     if let Some(mut stdin) = child.stdin.take() {
-        // It may never read: a full pipe must not hold up the rest, a closed one is no error.
-        thread::spawn(move || drop(stdin.write_all(&input)));
+        // A closed pipe is no error.
+        if input.len() <= ALWAYS_FITS {
+            drop(stdin.write_all(&input));
+        } else {
+            // It may never read: a full pipe must not hold up the rest.
+            thread::spawn(move || drop(stdin.write_all(&input)));
+        }
     }
     if let Some(stdout) = child.stdout.take() {
         let sender = sender.clone();

@@ -125,8 +125,11 @@ fn programs(command: &Command) -> Vec<PathBuf> {
 
 #[cfg(target_os = "linux")]
 mod linux {
+    use std::collections::HashMap;
     use std::io;
     use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::fs::MetadataExt;
+    use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
     use landlock::{
         ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -164,15 +167,20 @@ mod linux {
             let mut ruleset = ruleset.create()?;
             let read = AccessFs::from_read(NEWEST);
             let all = AccessFs::from_all(NEWEST);
-            for path in SYSTEM.iter().map(Path::new) {
+            let system = SYSTEM.iter().map(Path::new);
+            let programs = programs(command);
+            for path in system.chain(programs.iter().map(PathBuf::as_path)) {
+                ruleset = allow_known(ruleset, path, read)?;
+            }
+            let devices = DEVICES.iter().map(Path::new);
+            for path in devices.chain(nvidia().iter().map(PathBuf::as_path)) {
+                ruleset = allow_known(ruleset, path, all)?;
+            }
+            for path in &scope.readable {
                 ruleset = allow(ruleset, path, read)?;
             }
-            for path in scope.readable.iter().chain(&programs(command)) {
-                ruleset = allow(ruleset, path, read)?;
-            }
-            let devices = DEVICES.iter().map(PathBuf::from).chain(nvidia());
-            for path in devices.chain(scope.writable.iter().cloned()) {
-                ruleset = allow(ruleset, &path, all)?;
+            for path in &scope.writable {
+                ruleset = allow(ruleset, path, all)?;
             }
             Ok(ruleset)
         };
@@ -189,10 +197,40 @@ mod linux {
         ruleset.add_rule(PathBeneath::new(fd, access))
     }
 
-    fn nvidia() -> Vec<PathBuf> {
-        let devices = std::fs::read_dir("/dev").into_iter().flatten().flatten();
-        let named = |e: &std::fs::DirEntry| e.file_name().to_string_lossy().starts_with("nvidia");
-        devices.filter(named).map(|e| e.path()).collect()
+    /// The same for a path that all tasks share: it stays open, for as long as the same file or
+    /// folder stands there. Looking it up is most of what confining a process takes.
+    fn allow_known(
+        ruleset: RulesetCreated,
+        path: &Path,
+        access: BitFlags<AccessFs>,
+    ) -> Result<RulesetCreated, landlock::RulesetError> {
+        /// Device, inode and what is open.
+        type Known = HashMap<PathBuf, (u64, u64, Arc<PathFd>)>;
+        static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
+        let Ok(meta) = std::fs::metadata(path) else { return Ok(ruleset) };
+        let access = if meta.is_dir() { access } else { access & AccessFs::from_file(NEWEST) };
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = known.get_or_insert_default();
+        let fd = match known.get(path) {
+            Some((dev, ino, fd)) if (*dev, *ino) == (meta.dev(), meta.ino()) => fd.clone(),
+            _ => {
+                let Ok(fd) = PathFd::new(path) else { return Ok(ruleset) };
+                let fd = Arc::new(fd);
+                known.insert(path.to_owned(), (meta.dev(), meta.ino(), fd.clone()));
+                fd
+            }
+        };
+        ruleset.add_rule(PathBeneath::new(&*fd, access))
+    }
+
+    fn nvidia() -> &'static [PathBuf] {
+        static FOUND: OnceLock<Vec<PathBuf>> = OnceLock::new();
+        FOUND.get_or_init(|| {
+            let devices = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+            let named =
+                |e: &std::fs::DirEntry| e.file_name().to_string_lossy().starts_with("nvidia");
+            devices.filter(named).map(|e| e.path()).collect()
+        })
     }
 
     /// The number that names this machine's system calls in a filter.

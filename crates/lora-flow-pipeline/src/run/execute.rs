@@ -389,9 +389,11 @@ impl Work<'_> {
             by_port.entry(input.port.clone()).or_default().push(named);
         }
         let mut outputs = BTreeMap::new();
+        let out = folder.join("out");
+        fs_err::create_dir(&out)?;
         for port in &self.task.outputs.ports {
-            let path = folder.join("out").join(&port.name);
-            fs_err::create_dir_all(&path)?;
+            let path = out.join(&port.name);
+            fs_err::create_dir(&path)?;
             let kind = *port
                 .kinds
                 .first()
@@ -402,7 +404,7 @@ impl Work<'_> {
             outputs.insert(name, output);
         }
         let scratch = folder.join("scratch");
-        fs_err::create_dir_all(&scratch)?;
+        fs_err::create_dir(&scratch)?;
         let files = self.task.files.iter().map(|f| (f.pointer.clone(), f.paths.clone()));
         Ok(TaskContext::new(TaskContextParts {
             inputs: by_port,

@@ -1,53 +1,15 @@
 //! Blobs: from the files of an output folder to read-only objects.
 
 use std::fs::{self, File, Permissions};
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use lora_flow_core::{ArtifactFile, Digest, Error, OutputDir, Result, ResultExt};
 use rayon::prelude::*;
 
+use super::hash::hash_file;
 use super::{Manifest, ManifestFile, Store, StoredArtifact, rename_into};
-
-/// Bytes read at a time. Files longer than this are hashed by several threads.
-const CHUNK: usize = 8 << 20;
-
-/// Digest of a file's content, by several threads where it is large.
-pub(crate) fn hash_file(path: &Path) -> Result<Digest> {
-    let open = || -> std::io::Result<Digest> {
-        let mut file = File::open(path)?;
-        let size = file.metadata()?.len();
-        let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; CHUNK.min(usize::try_from(size).unwrap_or(CHUNK) + 1)];
-        loop {
-            let filled = fill(&mut file, &mut buffer)?;
-            if filled == CHUNK {
-                hasher.update_rayon(&buffer);
-            } else {
-                hasher.update(&buffer[..filled]);
-            }
-            if filled < buffer.len() {
-                return Ok(Digest(*hasher.finalize().as_bytes()));
-            }
-        }
-    };
-    open().with_context(|| format!("cannot read `{}`", path.display()))
-}
-
-/// Reads until the buffer is full or the file ends.
-fn fill(file: &mut File, buffer: &mut [u8]) -> std::io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(filled)
-}
 
 /// An output that was hashed, and the files that become blobs when its task's entry is written.
 #[derive(Debug)]

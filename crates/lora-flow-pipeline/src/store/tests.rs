@@ -48,7 +48,9 @@ fn file_names_are_readable_safe_and_distinct() {
 fn a_large_file_hashes_as_a_small_one_does() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f");
-    for size in [0, 1, 1000, (8 << 20) - 1, 8 << 20, (8 << 20) + 1, (17 << 20) + 5] {
+    let part = 32 << 10;
+    let around = [part - 1, part, part + 1, part + 1024, 2 * part, 3 * part + 1, 8 * part + 7];
+    for size in [0, 1, 1000, (17 << 20) + 5].into_iter().chain(around) {
         let bytes: Vec<u8> = (0..size).map(|i| (i * 7 % 251) as u8).collect();
         fs::write(&path, &bytes).unwrap();
         assert_eq!(hash_file(&path).unwrap(), Digest::of_bytes(&bytes), "{size}");

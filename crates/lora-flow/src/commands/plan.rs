@@ -10,9 +10,9 @@ use crate::ui::Failure;
 
 pub fn plan(args: &PlanArgs) -> Result<i32, Failure> {
     let plan = commands::load(&args.pipeline)?;
-    check_forced(&plan, &args.choice.force)?;
-    let engine = commands::engine(&plan)?;
-    print(&engine, &plan, &args.choice, args.json)
+    check_forced(plan, &args.choice.force)?;
+    let engine = commands::engine(plan)?;
+    print(&engine, plan, &args.choice, args.json)
 }
 
 /// `--force` must name tasks of the pipeline.

@@ -13,21 +13,21 @@ use crate::{commands, progress};
 
 pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     let plan = commands::load(&args.pipeline)?;
-    commands::plan::check_forced(&plan, &args.choice.force)?;
+    commands::plan::check_forced(plan, &args.choice.force)?;
     // A device that cannot be had is better known now than after the tasks before training.
     lora_flow_train::open_device(args.choice.device).map_err(Failure::Usage)?;
-    let engine = commands::engine(&plan)?;
+    let engine = commands::engine(plan)?;
     let device = args.choice.device;
     let pinned = match args.locked {
-        true => commands::lock::check(&engine, &plan, &args.pipeline, device)?,
+        true => commands::lock::check(&engine, plan, &args.pipeline, device)?,
         false => Pinned::new(),
     };
-    let occupied = engine.check_targets(&plan, &args.choice.force, device)?;
+    let occupied = engine.check_targets(plan, &args.choice.force, device)?;
     if !occupied.is_empty() {
         return Err(occupied.into());
     }
     if args.dry_run {
-        return commands::plan::print(&engine, &plan, &args.choice, args.json);
+        return commands::plan::print(&engine, plan, &args.choice, args.json);
     }
 
     let cancel = CancelToken::default();
@@ -54,7 +54,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         pinned,
         command_line: std::env::args().collect(),
     };
-    let report = engine.run(&plan, &options, progress::observer(args.ci))?;
+    let report = engine.run(plan, &options, progress::observer(args.ci))?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {

@@ -13,17 +13,17 @@ use crate::ui::Failure;
 /// All reasons of one task, and what its key is made of.
 pub fn why(args: &WhyArgs) -> Result<i32, Failure> {
     let plan = commands::load(&args.pipeline)?;
-    commands::plan::check_forced(&plan, &args.choice.force)?;
+    commands::plan::check_forced(plan, &args.choice.force)?;
     let ids = || plan.tasks.iter().map(|t| t.id.as_str());
     let Some(index) = ids().position(|id| id == args.task) else {
         let message = format!("the pipeline has no task `{}`", args.task);
         return Err(Failure::unknown_task(message, &args.task, ids()));
     };
-    let engine = commands::engine(&plan)?;
+    let engine = commands::engine(plan)?;
     let (force, device) = (&args.choice.force, args.choice.device);
-    let statuses = engine.explain(&plan, force, device)?;
+    let statuses = engine.explain(plan, force, device)?;
     let status = &statuses[index];
-    let explained = engine.key_parts(&plan, index, force, device)?;
+    let explained = engine.key_parts(plan, index, force, device)?;
     let key = &explained.key;
     // Inputs that upstream tasks have still to make.
     let given: usize = key.inputs.values().map(Vec::len).sum();
@@ -93,9 +93,9 @@ pub fn status(args: &PlanArgs) -> Result<i32, Failure> {
         return commands::plan::plan(args);
     }
     let plan = commands::load(&args.pipeline)?;
-    commands::plan::check_forced(&plan, &args.choice.force)?;
-    let engine = commands::engine(&plan)?;
-    for task in engine.explain(&plan, &args.choice.force, args.choice.device)? {
+    commands::plan::check_forced(plan, &args.choice.force)?;
+    let engine = commands::engine(plan)?;
+    for task in engine.explain(plan, &args.choice.force, args.choice.device)? {
         let (state, reasons) = words(&task);
         let more = match reasons.len() {
             0 => String::new(),
