@@ -53,12 +53,14 @@ mod stat_cache;
 mod store;
 
 pub use external::ExternalTask;
+#[doc(hidden)]
+pub use external::read_plugin_output;
 pub use key::{Explained, KEY_FORMAT, TaskKey};
 pub use reason::{FileChange, Reason};
-pub use record::{RunEnvironment, RunRecord};
+pub use record::{RunEnvironment, RunInfo, RunRecord, RunState};
 pub use run::{
-    Engine, ErrorRecord, Observer, OutputRecord, RunOptions, RunReport, State, Status, TaskOutcome,
-    TaskStatus,
+    Engine, ErrorRecord, Gpu, Observer, OutputRecord, RunOptions, RunReport, State, Status,
+    TaskOutcome, TaskStatus,
 };
 pub use store::{
     Entry, EntryInfo, Freed, Manifest, ManifestFile, STORE_FORMAT, Store, StoredArtifact,

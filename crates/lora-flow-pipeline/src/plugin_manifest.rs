@@ -34,6 +34,8 @@ pub struct PluginManifest {
     pub build: Option<Vec<String>>,
     /// Whether it asks for the network.
     pub network: bool,
+    /// Whether it asks for local (Unix) sockets.
+    pub local_sockets: bool,
     /// Further environment variables it is given, by name.
     pub env: Vec<String>,
     /// What it may read besides its inputs and its own folder.
@@ -114,6 +116,7 @@ const TOP: Known = Known {
         "command",
         "build",
         "network",
+        "local_sockets",
         "env",
         "read",
         "tasks",
@@ -211,6 +214,7 @@ fn read(dir: &Path, root: &Node, problems: &mut Problems) -> Option<PluginManife
         command: Vec::new(),
         build: None,
         network: false,
+        local_sockets: false,
         env: Vec::new(),
         read: Vec::new(),
         kinds: Vec::new(),
@@ -226,6 +230,9 @@ fn read(dir: &Path, root: &Node, problems: &mut Problems) -> Option<PluginManife
             "build" if node.value == NodeValue::Null => {}
             "build" => manifest.build = Some(command(node, &what, problems)),
             "network" => manifest.network = boolean(node, &what, problems).unwrap_or(false),
+            "local_sockets" => {
+                manifest.local_sockets = boolean(node, &what, problems).unwrap_or(false);
+            }
             "env" => {
                 let names = strings(node, &what, problems).unwrap_or_default();
                 manifest.env = names.into_iter().map(|n| n.value).collect();

@@ -4,6 +4,7 @@ mod bench;
 mod cache;
 mod crash;
 mod ends;
+mod key;
 mod limits;
 
 pub(crate) use bench::{Bench, files_below, out, text};
