@@ -110,7 +110,8 @@ impl Project {
             .map(|task| {
                 let text = |key: &str| task[key].as_str().unwrap().to_owned();
                 let reasons = task["reasons"].as_array().unwrap();
-                let reasons = reasons.iter().map(|r| r.as_str().unwrap().to_owned()).collect();
+                let reasons =
+                    reasons.iter().map(|r| r["text"].as_str().unwrap().to_owned()).collect();
                 (text("task"), (text("state"), reasons))
             })
             .collect()

@@ -116,12 +116,26 @@ pub struct TaskContext {
     report: String,
     summary: Vec<(String, String)>,
     denied: Option<String>,
+    gpus: Option<Vec<String>>,
 }
 
 impl TaskContext {
     /// Made by the engine (and by tests).
     pub fn new(parts: TaskContextParts) -> Self {
-        Self { parts, report: String::new(), summary: Vec::new(), denied: None }
+        Self { parts, report: String::new(), summary: Vec::new(), denied: None, gpus: None }
+    }
+
+    /// Names the GPUs that the task was given, as `CUDA_VISIBLE_DEVICES` would. For the engine.
+    #[must_use]
+    pub fn with_gpus(mut self, gpus: Vec<String>) -> Self {
+        self.gpus = Some(gpus);
+        self
+    }
+
+    /// The GPUs that the task was given and may use; `None` where the run knows of none. A task in
+    /// this process finds the first of them at [`TaskContext::device`].
+    pub fn gpus(&self) -> Option<&[String]> {
+        self.gpus.as_deref()
     }
 
     /// The artifact at a required input.

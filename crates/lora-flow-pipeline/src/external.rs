@@ -70,6 +70,7 @@ impl ExternalTask {
             "scratch": cx.scratch(),
             "state": cx.state_dir(),
             "threads": cx.threads(),
+            "gpus": cx.gpus(),
             "network": network,
         })
     }
@@ -88,6 +89,9 @@ impl ExternalTask {
         let inputs = link_inputs(cx, &inputs_dir)?;
         let request = self.request(cx, inputs, network);
         let mut command = process::command(&self.manifest, products, &work_dir, cx.scratch())?;
+        if let Some(gpus) = cx.gpus() {
+            command.env("CUDA_VISIBLE_DEVICES", gpus.join(","));
+        }
         let scope = self.scope(cx, products, network);
         if let Some(gap) = sandbox::confine(&mut command, &scope)? {
             warn_once(cx, &self.manifest.name, gap);
@@ -124,7 +128,7 @@ impl ExternalTask {
         readable.extend(self.manifest.read.iter().filter_map(|r| r.path(&self.params)));
         let mut writable = vec![cx.scratch().to_owned(), cx.state_dir().to_owned()];
         writable.extend(cx.outputs().values().map(|o| o.path.clone()));
-        Scope { readable, writable, network }
+        Scope { readable, writable, network, local_sockets: self.manifest.local_sockets }
     }
 
     /// Takes one line of the plugin's standard output.
@@ -146,8 +150,14 @@ impl ExternalTask {
         }
         match event {
             PluginEvent::Plain(event) => reporter.event(event),
-            PluginEvent::Summary { name, value } => cx.summary(name, value),
-            PluginEvent::Report { text } => cx.report(text),
+            PluginEvent::Summary { name, value } => {
+                said.keep(name.len() + value.len(), &self.manifest.name)?;
+                cx.summary(name, value);
+            }
+            PluginEvent::Report { text } => {
+                said.keep(text.len(), &self.manifest.name)?;
+                cx.report(text);
+            }
             PluginEvent::Meta { output, value } => match cx.output(&output) {
                 Ok(dir) => dir.set_meta(value),
                 Err(_) => {
@@ -179,18 +189,54 @@ fn explain_refusal(error: Error, network: bool) -> Error {
     if error.hint().is_some() || !refused.iter().any(|r| text.contains(r)) {
         return error;
     }
-    let no_network = if network { "" } else { ", and has no network without `network: true`" };
+    let no_network = match network {
+        true => "",
+        false => {
+            ", and has no network without `network: true`, no local sockets without \
+             `local_sockets: true`"
+        }
+    };
     error.with_hint(format!(
         "a plugin reads its inputs, its own folder, installed programs and what `read` in its \
          `plugin.yaml` names, writes its outputs, `scratch` and `state` alone{no_network}"
     ))
 }
 
-/// What a plugin has said about its end.
+/// Bytes of reports and summaries that one task may make.
+const LONGEST_REPORT: usize = 1 << 20;
+
+/// What a plugin has said about its end, and how much it has said that is kept.
 #[derive(Default)]
 struct Said {
     done: bool,
     error: Option<(String, Option<String>)>,
+    kept: usize,
+}
+
+impl Said {
+    fn keep(&mut self, bytes: usize, plugin: &str) -> Result<()> {
+        self.kept += bytes;
+        if self.kept <= LONGEST_REPORT {
+            return Ok(());
+        }
+        let message = format!("plugin `{plugin}` reports more than {LONGEST_REPORT} bytes of text");
+        Err(Error::new(message).with_hint("what is long goes into an output"))
+    }
+}
+
+/// Reads what a plugin wrote to its standard output as the host does, and gives what it makes of
+/// each line to `heard`. For the fuzz target `plugin_events`.
+#[doc(hidden)]
+pub fn read_plugin_output(output: &[u8], heard: &mut dyn FnMut(Result<()>)) {
+    for line in process::output_lines(output) {
+        heard(match line {
+            None => Err(Error::new("a line is too long")),
+            Some(line) => match PluginEvent::parse(&line) {
+                Ok(_) => Ok(()),
+                Err(why) => Err(malformed("p", &line, &why)),
+            },
+        });
+    }
 }
 
 /// The error of a line that is not of the protocol.

@@ -1,4 +1,6 @@
-//! A plan as a picture: Mermaid or Graphviz.
+//! A plan as a picture: Mermaid, Graphviz or SVG.
+
+mod svg;
 
 use std::fmt::Write;
 use std::str::FromStr;
@@ -6,6 +8,7 @@ use std::str::FromStr;
 use lora_flow_core::Error;
 
 use crate::plan::Plan;
+use crate::run::TaskStatus;
 
 /// A text format for graphs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +17,8 @@ pub enum GraphFormat {
     Mermaid,
     /// Graphviz.
     Dot,
+    /// A picture that needs no other program.
+    Svg,
 }
 
 impl FromStr for GraphFormat {
@@ -23,17 +28,20 @@ impl FromStr for GraphFormat {
         match s {
             "mermaid" => Ok(Self::Mermaid),
             "dot" => Ok(Self::Dot),
+            "svg" => Ok(Self::Svg),
             _ => Err(Error::new(format!("unknown graph format `{s}`"))
-                .with_hint("use `mermaid` or `dot`")),
+                .with_hint("use `mermaid`, `dot` or `svg`")),
         }
     }
 }
 
 /// Draws a plan: tasks with their kinds, artifacts along solid arrows, `needs` along dashed ones.
-pub fn graph(plan: &Plan, format: GraphFormat) -> String {
+/// An SVG has the colours of what `states` ([`crate::Engine::explain`]) says; it may be empty.
+pub fn graph(plan: &Plan, format: GraphFormat, states: &[TaskStatus]) -> String {
     match format {
         GraphFormat::Mermaid => mermaid(plan),
         GraphFormat::Dot => dot(plan),
+        GraphFormat::Svg => svg::svg(plan, states),
     }
 }
 

@@ -102,7 +102,7 @@ impl Explained {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::{Map, json};
@@ -125,7 +125,7 @@ mod tests {
     }
 
     /// JSON of any shape, with keys in any order.
-    fn any_json() -> impl Strategy<Value = Value> {
+    pub(crate) fn any_json() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
             Just(Value::Null),
             any::<bool>().prop_map(Value::from),
@@ -143,7 +143,7 @@ mod tests {
     }
 
     /// The same value with the keys of all objects put in the other order.
-    fn reversed(value: &Value) -> Value {
+    pub(crate) fn reversed(value: &Value) -> Value {
         match value {
             Value::Object(map) => map
                 .iter()

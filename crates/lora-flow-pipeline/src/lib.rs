@@ -55,13 +55,15 @@ mod stat_cache;
 mod store;
 
 pub use external::ExternalTask;
+#[doc(hidden)]
+pub use external::read_plugin_output;
 pub use key::{Explained, KEY_FORMAT, TaskKey};
 pub use pinned::{LockFile, Pinned};
 pub use reason::{FileChange, Reason};
-pub use record::{RunEnvironment, RunRecord};
+pub use record::{RunEnvironment, RunInfo, RunRecord, RunState};
 pub use run::{
-    Engine, ErrorRecord, Observer, OutputRecord, RunOptions, RunReport, State, Status, TaskOutcome,
-    TaskStatus,
+    Engine, ErrorRecord, Gpu, Observer, OutputRecord, RunOptions, RunReport, State, Status,
+    TaskOutcome, TaskStatus,
 };
 pub use store::{
     Entry, EntryInfo, Freed, Keep, Manifest, ManifestFile, Objects, Remote, RemoteError,

@@ -137,7 +137,9 @@ fn resources(node: &Node, problems: &mut Problems) -> Resources {
     for (key, node) in mapping(node, &KNOWN, problems).unwrap_or_default() {
         match key.name.as_str() {
             "cpu" => resources.cpu = whole(node, "`cpu`", 1, problems).unwrap_or(0) as usize,
-            "gpu" => resources.gpu = whole(node, "`gpu`", 0, problems).unwrap_or(0) as usize,
+            "gpu" => {
+                resources.gpu = whole(node, "`gpu`", 0, problems).map(|n| n as usize);
+            }
             "memory" => resources.memory = memory(node, problems),
             _ => {}
         }

@@ -156,8 +156,8 @@ pub struct ResolvedFiles {
 pub struct Resources {
     /// Threads; 0 where the file does not say.
     pub cpu: usize,
-    /// GPUs.
-    pub gpu: usize,
+    /// GPUs; one where the file does not say and the task computes on a GPU.
+    pub gpu: Option<usize>,
     /// Memory in bytes.
     pub memory: Option<u64>,
 }

@@ -34,6 +34,8 @@ pub struct PluginManifest {
     pub build: Option<Vec<String>>,
     /// Whether it asks for the network.
     pub network: bool,
+    /// Whether it asks for local (Unix) sockets.
+    pub local_sockets: bool,
     /// Environment variables it is given, by name; their values enter the key.
     pub env: Vec<String>,
     /// Those that decide how it works and not what it makes: given, and kept out of the key.
@@ -127,6 +129,7 @@ const TOP: Known = Known {
         "command",
         "build",
         "network",
+        "local_sockets",
         "env",
         "passthrough",
         "read",
@@ -225,6 +228,7 @@ fn read(dir: &Path, root: &Node, problems: &mut Problems) -> Option<PluginManife
         command: Vec::new(),
         build: None,
         network: false,
+        local_sockets: false,
         env: Vec::new(),
         passthrough: Vec::new(),
         read: Vec::new(),
@@ -241,6 +245,9 @@ fn read(dir: &Path, root: &Node, problems: &mut Problems) -> Option<PluginManife
             "build" if node.value == NodeValue::Null => {}
             "build" => manifest.build = Some(command(node, &what, problems)),
             "network" => manifest.network = boolean(node, &what, problems).unwrap_or(false),
+            "local_sockets" => {
+                manifest.local_sockets = boolean(node, &what, problems).unwrap_or(false);
+            }
             "env" => {
                 let names = strings(node, &what, problems).unwrap_or_default();
                 manifest.env = names.into_iter().map(|n| n.value).collect();

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use lora_flow_core::{Digest, Result};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::key::{Explained, TaskKey};
 use crate::store::{Store, Sync, file_name_of};
@@ -62,6 +62,10 @@ pub enum Reason {
         port: String,
         /// What it comes from, if its number of artifacts did not change.
         reference: Option<String>,
+        /// Digest before, if its number of artifacts did not change.
+        old: Option<Digest>,
+        /// Digest now, likewise.
+        new: Option<Digest>,
     },
     /// An outside file.
     File {
@@ -69,13 +73,31 @@ pub enum Reason {
         name: String,
         /// What happened to it.
         change: FileChange,
+        /// Digest before, if it was there.
+        old: Option<Digest>,
+        /// Digest now, if it is there.
+        new: Option<Digest>,
     },
     /// Further outside files.
     MoreFiles(usize),
     /// An environment variable changed.
-    Env(String),
+    Env {
+        /// Its name.
+        name: String,
+        /// Digest of the value before, if it was declared and set.
+        old: Option<Digest>,
+        /// Digest of the value now, likewise.
+        new: Option<Digest>,
+    },
     /// A plugin's files changed.
-    Plugin(String),
+    Plugin {
+        /// Its name.
+        name: String,
+        /// Digest of its files before.
+        old: Option<String>,
+        /// Digest of its files now.
+        new: Option<String>,
+    },
     /// Something else that the task's implementation depends on changed.
     Extra,
     /// The class of device changed.
@@ -85,7 +107,7 @@ pub enum Reason {
         /// Class now.
         new: String,
     },
-    /// A task that it takes an input from will run.
+    /// A task that it takes an input from will or may run, and may yield something else.
     Upstream(String),
 }
 
@@ -120,26 +142,73 @@ impl fmt::Display for Reason {
                     (None, None) => f.write_str("changed"),
                 }
             }
-            Self::Input { port, reference: Some(reference) } => {
+            Self::Input { port, reference: Some(reference), .. } => {
                 write!(f, "input `{port}` changed: `{reference}` has new content")
             }
-            Self::Input { port, reference: None } => write!(f, "input `{port}` changed"),
-            Self::File { name, change } => {
-                let change = match change {
-                    FileChange::Changed => "changed",
-                    FileChange::Added => "added",
-                    FileChange::Removed => "removed",
-                };
-                write!(f, "file `{name}` {change}")
-            }
+            Self::Input { port, reference: None, .. } => write!(f, "input `{port}` changed"),
+            Self::File { name, change, .. } => write!(f, "file `{name}` {}", change.word()),
             Self::MoreFiles(1) => f.write_str("1 more file changed"),
             Self::MoreFiles(n) => write!(f, "{n} more files changed"),
-            Self::Env(name) => write!(f, "environment variable `{name}` changed"),
-            Self::Plugin(name) => write!(f, "plugin `{name}` changed"),
+            Self::Env { name, .. } => write!(f, "environment variable `{name}` changed"),
+            Self::Plugin { name, .. } => write!(f, "plugin `{name}` changed"),
             Self::Extra => f.write_str("implementation changed"),
             Self::Device { old, new } => write!(f, "device changed: {old} → {new}"),
-            Self::Upstream(task) => write!(f, "upstream `{task}` will run"),
+            Self::Upstream(task) => write!(f, "depends on `{task}`"),
         }
+    }
+}
+
+impl FileChange {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Changed => "changed",
+            Self::Added => "added",
+            Self::Removed => "removed",
+        }
+    }
+}
+
+impl Reason {
+    /// For machines: `reason` says which one, `text` is the line for people, and what changed has
+    /// its `old` and `new` value.
+    pub fn to_json(&self) -> Value {
+        let mut fields = match self {
+            Self::NeverRun => json!({ "reason": "never-run" }),
+            Self::Forced => json!({ "reason": "forced" }),
+            Self::Corrupt => json!({ "reason": "corrupt" }),
+            Self::Removed => json!({ "reason": "removed" }),
+            Self::KeyFormat => json!({ "reason": "key-format" }),
+            Self::Kind { old, new } => json!({ "reason": "kind", "old": old, "new": new }),
+            Self::Version { old, new } => json!({ "reason": "version", "old": old, "new": new }),
+            Self::Param { path, old, new } => {
+                // A value that is not there is left out: `null` is a value.
+                let mut fields = json!({ "reason": "parameter", "parameter": path });
+                for (name, value) in [("old", old), ("new", new)] {
+                    if let Some(value) = value {
+                        fields[name] = value.clone();
+                    }
+                }
+                fields
+            }
+            Self::Input { port, reference, old, new } => json!({
+                "reason": "input", "input": port, "reference": reference, "old": old, "new": new,
+            }),
+            Self::File { name, change, old, new } => json!({
+                "reason": "file", "file": name, "change": change.word(), "old": old, "new": new,
+            }),
+            Self::MoreFiles(count) => json!({ "reason": "more-files", "count": count }),
+            Self::Env { name, old, new } => {
+                json!({ "reason": "environment", "variable": name, "old": old, "new": new })
+            }
+            Self::Plugin { name, old, new } => {
+                json!({ "reason": "plugin", "plugin": name, "old": old, "new": new })
+            }
+            Self::Extra => json!({ "reason": "implementation" }),
+            Self::Device { old, new } => json!({ "reason": "device", "old": old, "new": new }),
+            Self::Upstream(task) => json!({ "reason": "upstream", "task": task }),
+        };
+        fields["text"] = self.to_string().into();
+        fields
     }
 }
 
@@ -179,8 +248,9 @@ pub(crate) fn differences(
     inputs(old, new, pending, &mut reasons);
     files(old, new, &mut reasons);
     for name in union(&was.env, &is.env) {
-        if was.env.get(name) != is.env.get(name) {
-            reasons.push(Reason::Env(name.clone()));
+        let (old, new) = (was.env.get(name).copied(), is.env.get(name).copied());
+        if old != new {
+            reasons.push(Reason::Env { name: name.clone(), old, new });
         }
     }
     reasons
@@ -194,8 +264,11 @@ fn extra(was: &TaskKey, is: &TaskKey, reasons: &mut Vec<Reason>) {
     if was.extra == is.extra {
         return;
     }
-    let plugin = is.extra.get("plugin").and_then(Value::as_str);
-    reasons.push(plugin.map_or(Reason::Extra, |name| Reason::Plugin(name.to_owned())));
+    let text = |key: &TaskKey, name: &str| Some(key.extra.get(name)?.as_str()?.to_owned());
+    reasons.push(match text(is, "plugin") {
+        Some(name) => Reason::Plugin { name, old: text(was, "digest"), new: text(is, "digest") },
+        None => Reason::Extra,
+    });
 }
 
 /// The innermost parameters that differ.
@@ -230,19 +303,20 @@ fn inputs(old: &Explained, new: &Explained, pending: &BTreeSet<&str>, reasons: &
         let was = old.key.inputs.get(port).map_or(&[][..], Vec::as_slice);
         let is = new.key.inputs.get(port).map_or(&[][..], Vec::as_slice);
         if was.len() != is.len() {
-            reasons.push(Reason::Input { port: port.clone(), reference: None });
+            let (reference, old, new) = (None, None, None);
+            reasons.push(Reason::Input { port: port.clone(), reference, old, new });
             continue;
         }
         let references = new.references.get(port).map_or(&[][..], Vec::as_slice);
-        for (i, _) in was.iter().zip(is).enumerate().filter(|(_, (a, b))| a != b) {
-            reasons
-                .push(Reason::Input { port: port.clone(), reference: references.get(i).cloned() });
+        for (i, (old, new)) in was.iter().zip(is).enumerate().filter(|(_, (a, b))| a != b) {
+            let (reference, old, new) = (references.get(i).cloned(), Some(*old), Some(*new));
+            reasons.push(Reason::Input { port: port.clone(), reference, old, new });
         }
     }
 }
 
 fn files(old: &Explained, new: &Explained, reasons: &mut Vec<Reason>) {
-    let mut changes: Vec<(String, FileChange)> = Vec::new();
+    let mut changes: Vec<Reason> = Vec::new();
     for pointer in union(&old.key.files, &new.key.files) {
         let (was, is) = (old.key.files.get(pointer), new.key.files.get(pointer));
         if was == is {
@@ -252,22 +326,25 @@ fn files(old: &Explained, new: &Explained, reasons: &mut Vec<Reason>) {
         let names: BTreeSet<&str> = was.keys().chain(is.keys()).copied().collect();
         let before = changes.len();
         for name in names {
-            let change = match (was.get(name), is.get(name)) {
+            let (old, new) = (was.get(name).copied(), is.get(name).copied());
+            let change = match (old, new) {
                 (Some(a), Some(b)) if a == b => continue,
                 (Some(_), Some(_)) => FileChange::Changed,
                 (None, _) => FileChange::Added,
                 (Some(_), None) => FileChange::Removed,
             };
-            changes.push((name.to_owned(), change));
+            changes.push(Reason::File { name: name.to_owned(), change, old, new });
         }
-        if changes.len() == before {
+        if changes.len() == before
+            && let Some((name, digest)) = is.first_key_value()
+        {
             // Only their order changed, or the pointer they stand under.
-            changes.extend(is.keys().take(1).map(|n| ((*n).to_owned(), FileChange::Changed)));
+            let (name, change, same) = ((*name).to_owned(), FileChange::Changed, Some(*digest));
+            changes.push(Reason::File { name, change, old: same, new: same });
         }
     }
     let more = changes.len().saturating_sub(NAMED_FILES);
-    let named = changes.into_iter().take(NAMED_FILES);
-    reasons.extend(named.map(|(name, change)| Reason::File { name, change }));
+    reasons.extend(changes.into_iter().take(NAMED_FILES));
     if more > 0 {
         reasons.push(Reason::MoreFiles(more));
     }
@@ -296,7 +373,9 @@ struct Line {
 impl LastKeys {
     pub(crate) fn load(store: &Store, pipeline: &str) -> Self {
         let path = store.last_dir().join(format!("{}.jsonl", file_name_of(pipeline)));
-        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        // One spoilt byte must not make the rest of the file unreadable.
+        let bytes = std::fs::read(&path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
         let mut lines = 0;
         let mut keys = HashMap::new();
         // A line cut short by a crash is skipped.

@@ -1,8 +1,15 @@
 //! What a run leaves behind: `runs/ID/` with `run.json`, the pipeline as given, logs and metrics.
+//!
+//! `run.json` is written at the end. A run that has none goes on while its `lock` is held, and was
+//! killed if nobody holds it; `begun.json` and `tasks.jsonl` then say what it was and how far it
+//! came.
 
-use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use lora_flow_core::{Error, Result, ResultExt};
@@ -10,10 +17,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::plan::Plan;
-use crate::run::{RunOptions, RunReport};
-use crate::store::{Store, Sync, file_name_of, write_file};
+use crate::run::{RunOptions, RunReport, Status, TaskOutcome};
+use crate::store::{FileLock, Store, Sync, file_name_of, write_file};
 
 const RUN_FILE: &str = "run.json";
+const BEGUN_FILE: &str = "begun.json";
+const TASKS_FILE: &str = "tasks.jsonl";
+const LOCK_FILE: &str = "lock";
 
 /// Version of `run.json`.
 const RECORD_FORMAT: u32 = 1;
@@ -52,11 +62,62 @@ pub struct RunEnvironment {
     pub variables: Vec<String>,
 }
 
+/// How far a run has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RunState {
+    /// It ended, however it did.
+    Ended,
+    /// It goes on.
+    Running,
+    /// Its process died before it ended.
+    Killed,
+}
+
+/// A run, whether it ended or not.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunInfo {
+    /// How far it has come.
+    pub state: RunState,
+    /// What happened so far. In a run that was killed, the tasks that executed then are cancelled.
+    pub report: RunReport,
+}
+
+/// What is known of a run when it starts.
+#[derive(Debug, Serialize, Deserialize)]
+struct Begun {
+    format: u32,
+    name: String,
+    started: String,
+    /// Names and kinds.
+    tasks: Vec<(String, String)>,
+}
+
+/// A line of `tasks.jsonl`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Step {
+    Started(String),
+    Cached(String),
+    Ended(Box<TaskOutcome>),
+}
+
 /// The folder of a run that is going on.
 #[derive(Debug)]
 pub(crate) struct RunFolder {
     pub(crate) id: String,
     pub(crate) dir: PathBuf,
+    steps: Mutex<Steps>,
+    /// Held as long as the run goes on.
+    lock: FileLock,
+}
+
+/// What is to be written to `tasks.jsonl`, and where. Tasks from the store wait for one that
+/// executes: a run that does nothing writes nothing.
+#[derive(Debug, Default)]
+struct Steps {
+    waiting: Vec<u8>,
+    file: Option<File>,
 }
 
 impl RunFolder {
@@ -66,18 +127,66 @@ impl RunFolder {
         let fraction = u64::try_from(started.subsec_nanosecond()).unwrap_or(0);
         let second = started.strftime("%Y%m%d-%H%M%S").to_string();
         fs_err::create_dir_all(store.runs_dir())?;
+        // Made elsewhere, so that whoever sees the folder sees what is in it.
+        let fresh = store.tmp_path()?;
+        fs_err::create_dir(&fresh)?;
+        let lock = FileLock::try_exclusive(&fresh.join(LOCK_FILE))?
+            .ok_or_else(|| Error::new("the lock of a new run is taken"))?;
+        write_file(&fresh.join("pipeline.yaml"), plan.source.text.as_bytes(), Sync::No)?;
+        let begun = Begun {
+            format: RECORD_FORMAT,
+            name: plan.name.clone(),
+            started: started.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            tasks: plan.tasks.iter().map(|t| (t.id.clone(), t.kind.clone())).collect(),
+        };
+        write_file(&fresh.join(BEGUN_FILE), &serde_json::to_vec(&begun)?, Sync::No)?;
         for attempt in 0..0x1_0000 {
             let tail = (fraction * 0x1_0000 / 1_000_000_000 + attempt) & 0xffff;
             let id = format!("{second}-{tail:04x}");
             let dir = store.runs_dir().join(&id);
-            match fs_err::create_dir(&dir) {
-                Err(e) if e.kind() == ErrorKind::AlreadyExists => continue,
-                other => other?,
+            match std::fs::rename(&fresh, &dir) {
+                // Another run's, which is not empty.
+                Err(_) if dir.exists() => continue,
+                other => other.with_context(|| format!("cannot make `{}`", dir.display()))?,
             }
-            write_file(&dir.join("pipeline.yaml"), plan.source.text.as_bytes(), Sync::No)?;
-            return Ok(Self { id, dir });
+            let lock = lock.moved_to(dir.join(LOCK_FILE));
+            return Ok(Self { id, dir, steps: Mutex::default(), lock });
         }
         Err(Error::new("no name is left for a run of this second"))
+    }
+
+    /// A task starts to execute.
+    pub(crate) fn note_start(&self, task: &str) {
+        self.note(&Step::Started(task.to_owned()), true);
+    }
+
+    /// A task ended.
+    pub(crate) fn note_end(&self, outcome: &TaskOutcome) {
+        match outcome.status {
+            Status::Cached => self.note(&Step::Cached(outcome.id.clone()), false),
+            Status::Skipped(_) => {}
+            _ => self.note(&Step::Ended(Box::new(outcome.clone())), true),
+        }
+    }
+
+    /// Appends a line. That it cannot be written stops no task.
+    fn note(&self, step: &Step, now: bool) {
+        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        if serde_json::to_writer(&mut steps.waiting, step).is_ok() {
+            steps.waiting.push(b'\n');
+        }
+        if !now {
+            return;
+        }
+        let lines = std::mem::take(&mut steps.waiting);
+        let written = match &mut steps.file {
+            Some(file) => file.write_all(&lines),
+            none => File::create(self.dir.join(TASKS_FILE))
+                .and_then(|file| none.insert(file).write_all(&lines)),
+        };
+        if let Err(e) = written {
+            tracing::warn!("cannot write `{}`: {e}", self.dir.join(TASKS_FILE).display());
+        }
     }
 
     /// Where the log of a task goes.
@@ -90,9 +199,10 @@ impl RunFolder {
         self.dir.join("metrics").join(format!("{}.jsonl", file_name_of(task)))
     }
 
-    /// Writes the record. It is synced if the run did anything worth it.
+    /// Writes the record, which says all that the notes on the way did. It is synced if the run did
+    /// anything worth it.
     pub(crate) fn finish(
-        &self,
+        self,
         store: &Store,
         plan: &Plan,
         options: &RunOptions,
@@ -116,7 +226,12 @@ impl RunFolder {
             },
         };
         let sync = if report.did_work() { Sync::File } else { Sync::No };
-        store.write_atomic(&self.dir.join(RUN_FILE), &serde_json::to_vec(&record)?, sync)
+        store.write_atomic(&self.dir.join(RUN_FILE), &serde_json::to_vec(&record)?, sync)?;
+        for name in [BEGUN_FILE, TASKS_FILE] {
+            let _ = std::fs::remove_file(self.dir.join(name));
+        }
+        self.lock.remove();
+        Ok(())
     }
 }
 
@@ -171,23 +286,110 @@ fn read(store: &Store, id: &str) -> Result<RunRecord> {
     serde_json::from_slice(&bytes).with_context(|| format!("cannot read `{}`", path.display()))
 }
 
+/// All runs, newest first, also those that go on or were killed. One whose files cannot be read is
+/// left out.
+pub(crate) fn all_runs(store: &Store) -> Result<Vec<RunInfo>> {
+    Ok(run_ids(store)?.iter().filter_map(|id| info(store, id).ok()).collect())
+}
+
+/// A run by its id, the beginning of its id, or `latest`, the last one that ended.
+pub(crate) fn find_run(store: &Store, id: &str) -> Result<RunInfo> {
+    match id {
+        "latest" => {
+            let report = load_run(store, id)?.report;
+            Ok(RunInfo { state: RunState::Ended, report })
+        }
+        _ => info(store, &full_id(store, id)?),
+    }
+}
+
+fn info(store: &Store, id: &str) -> Result<RunInfo> {
+    let dir = store.runs_dir().join(id);
+    // In this order: a run writes its record before it lets go of its lock.
+    let running = FileLock::is_held(&dir.join(LOCK_FILE));
+    let missing = match read(store, id) {
+        Ok(record) => return Ok(RunInfo { state: RunState::Ended, report: record.report }),
+        Err(e) if dir.join(RUN_FILE).exists() => return Err(e),
+        Err(e) => e,
+    };
+    let Ok(begun) = std::fs::read(dir.join(BEGUN_FILE)) else { return Err(missing) };
+    let begun: Begun = serde_json::from_slice(&begun)
+        .with_context(|| format!("cannot read `{}`", dir.join(BEGUN_FILE).display()))?;
+    let state = if running { RunState::Running } else { RunState::Killed };
+    let mut steps = steps(&dir);
+    let tasks = begun.tasks.into_iter().map(|(id, kind)| {
+        let with = |status| TaskOutcome::with(&id, &kind, status);
+        match (steps.remove(&id), state) {
+            (Some(Step::Ended(outcome)), _) => *outcome,
+            (Some(Step::Cached(_)), _) => with(Status::Cached),
+            (Some(Step::Started(_)), RunState::Killed) => with(Status::Cancelled),
+            (Some(Step::Started(_)), _) => with(Status::Skipped("it executes now".to_owned())),
+            (None, RunState::Killed) => with(Status::Skipped("the run was killed".to_owned())),
+            (None, _) => with(Status::Skipped("it has not ended yet".to_owned())),
+        }
+    });
+    let report = RunReport {
+        run_id: id.to_owned(),
+        name: begun.name,
+        tasks: tasks.collect(),
+        wall: lasted(&dir, &begun.started, state),
+        started: begun.started,
+    };
+    Ok(RunInfo { state, report })
+}
+
+/// The last step of each task.
+fn steps(dir: &Path) -> HashMap<String, Step> {
+    let bytes = std::fs::read(dir.join(TASKS_FILE)).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    // A line cut short by the end is skipped.
+    let steps = text.lines().filter_map(|line| serde_json::from_str::<Step>(line).ok());
+    let named = steps.map(|step| match &step {
+        Step::Started(id) | Step::Cached(id) => (id.clone(), step),
+        Step::Ended(outcome) => (outcome.id.clone(), step),
+    });
+    named.collect()
+}
+
+/// How long a run that has no record has lasted; of one that was killed, as far as it left traces.
+fn lasted(dir: &Path, started: &str, state: RunState) -> Duration {
+    let end = match state {
+        RunState::Killed => {
+            let files = [BEGUN_FILE, TASKS_FILE].map(|name| dir.join(name));
+            let logs = std::fs::read_dir(dir.join("logs")).into_iter().flatten().flatten();
+            let files = files.into_iter().chain(logs.map(|e| e.path()));
+            let times = files.filter_map(|f| std::fs::metadata(f).ok()?.modified().ok());
+            times.max().and_then(|time| Timestamp::try_from(time).ok())
+        }
+        _ => Some(Timestamp::now()),
+    };
+    let started = started.parse::<Timestamp>().ok();
+    let both = end.zip(started).map(|(end, started)| end.duration_since(started));
+    both.and_then(|d| Duration::try_from(d).ok()).unwrap_or_default()
+}
+
 /// The record of a run by its id, the beginning of its id, or `latest`.
 ///
 /// # Errors
 /// When no run, or more than one, is meant.
 pub fn load_run(store: &Store, id: &str) -> Result<RunRecord> {
-    let ids = run_ids(store)?;
     if id == "latest" {
-        let latest = ids.iter().find_map(|id| read(store, id).ok());
+        let latest = run_ids(store)?.iter().find_map(|id| read(store, id).ok());
         return latest.ok_or_else(|| Error::new("no run has ended in this store yet"));
     }
+    read(store, &full_id(store, id)?)
+}
+
+/// The id that another one, or the beginning of one, means.
+pub(crate) fn full_id(store: &Store, id: &str) -> Result<String> {
+    let ids = run_ids(store)?;
     if ids.iter().any(|i| i == id) {
-        return read(store, id);
+        return Ok(id.to_owned());
     }
     let matching: Vec<&String> =
         ids.iter().filter(|i| !id.is_empty() && i.starts_with(id)).collect();
     match matching[..] {
-        [one] => read(store, one),
+        [one] => Ok(one.clone()),
         [] => Err(Error::new(format!("there is no run `{id}`"))
             .with_hint("`lora-flow runs` lists them; `latest` is the last one")),
         _ => {

@@ -22,7 +22,7 @@ use lora_flow_core::{CancelToken, DeviceSpec, Digest, Error, Result};
 use crate::key::Explained;
 use crate::plan::{Plan, PlannedTask};
 use crate::reason::{LastKeys, Reason, differences};
-use crate::record::{self, RunFolder, RunRecord};
+use crate::record::{self, RunFolder, RunInfo, RunRecord};
 use crate::source::{Diagnostic, Diagnostics};
 use crate::stat_cache::StatCache;
 use publish::Occupied;
@@ -31,7 +31,7 @@ use crate::store::remote::pushing;
 use crate::store::{Entry, Freed, Keep, Lookup, Remote, STORE_DIR, Store, StoredArtifact};
 
 pub use report::{
-    ErrorRecord, Observer, OutputRecord, RunOptions, RunReport, State, Status, TaskOutcome,
+    ErrorRecord, Gpu, Observer, OutputRecord, RunOptions, RunReport, State, Status, TaskOutcome,
     TaskStatus,
 };
 
@@ -236,13 +236,28 @@ impl Engine {
         Ok(found)
     }
 
-    /// Ids of all runs, newest first: also of those that go on, or were killed, and so have no
-    /// record.
+    /// All runs, newest first, also those that go on or were killed.
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub fn run_ids(&self) -> Result<Vec<String>> {
-        record::run_ids(&self.store)
+    pub fn all_runs(&self) -> Result<Vec<RunInfo>> {
+        record::all_runs(&self.store)
+    }
+
+    /// A run by its id, the beginning of its id, or `latest`, which is the last one that ended.
+    ///
+    /// # Errors
+    /// When no run, or more than one, is meant, or its files cannot be read.
+    pub fn find_run(&self, id: &str) -> Result<RunInfo> {
+        record::find_run(&self.store, id)
+    }
+
+    /// Id of the run that started last, whether it ended or not.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn last_run(&self) -> Result<Option<String>> {
+        Ok(record::run_ids(&self.store)?.into_iter().next())
     }
 
     /// Runs a plan. A task's failure is part of the report, not an error.
@@ -433,7 +448,7 @@ impl Session<'_> {
     /// What can be said of a task before anything runs.
     fn foresee(&self, task: &PlannedTask, known: &Foresight) -> Result<(Outlook, State)> {
         if let Some(because) = task.upstream().iter().find_map(|i| self.blocked(*i, known)) {
-            return Ok((Outlook::Blocked(because.clone()), State::Unknown(vec![because])));
+            return Ok((Outlook::Blocked(because.clone()), State::Blocked(because)));
         }
         let mut pending: Vec<usize> = task.inputs.iter().map(|e| e.task).collect();
         pending.retain(|i| known.results[*i].is_none());
@@ -456,16 +471,12 @@ impl Session<'_> {
             }
             None => vec![Reason::Removed],
         };
-        let id = |index: &usize| self.plan.tasks[*index].id.clone();
-        if !reasons.is_empty() {
-            reasons.extend(pending.iter().map(|i| Reason::Upstream(id(i))));
-            return Ok((Outlook::Runs, State::Stale(reasons)));
-        }
-        let waits = pending.iter().map(|i| match &known.outlooks[*i] {
-            Outlook::Open => format!("upstream `{}` may run", id(i)),
-            _ => Reason::Upstream(id(i)).to_string(),
-        });
-        Ok((Outlook::Open, State::Unknown(waits.collect())))
+        let changed = !reasons.is_empty();
+        reasons.extend(pending.iter().map(|i| Reason::Upstream(self.plan.tasks[*i].id.clone())));
+        Ok(match changed {
+            true => (Outlook::Runs, State::Stale(reasons)),
+            false => (Outlook::Open, State::Open(reasons)),
+        })
     }
 
     /// Why a task cannot run after this one, if it cannot.
@@ -484,7 +495,7 @@ impl Session<'_> {
             Ok(inputs) => inputs,
             Err(e) => {
                 let because = e.to_string();
-                return Ok((Outlook::Blocked(because.clone()), State::Unknown(vec![because])));
+                return Ok((Outlook::Blocked(because.clone()), State::Blocked(because)));
             }
         };
         let explained = self.explained(task, &inputs, true)?;

@@ -144,7 +144,7 @@ fn task(names: &[Value], kinds: &[KindInfo]) -> Value {
                         "type": "integer", "minimum": 1, "description": "Threads."
                     })),
                     "gpu": or_expression(json!({
-                        "type": "integer", "minimum": 0, "description": "GPUs."
+                        "type": "integer", "minimum": 0, "description": "GPUs that it has for itself. A task that computes on one takes one unless told otherwise."
                     })),
                     "memory": {
                         "type": ["string", "integer"],

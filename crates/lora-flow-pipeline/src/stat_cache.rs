@@ -3,6 +3,9 @@
 //! A file counts as unchanged if its size, its modification and change times and its inode are
 //! those it had when it was hashed. A file touched within [`RACY`] of being hashed is not
 //! remembered: it could be written again within the same tick of the clock (git's racy rule).
+//!
+//! On disk it is one line of JSON and one line with that line's BLAKE3 digest: a digest that a
+//! flipped bit made another one would give its file's tasks wrong keys for good.
 
 use std::collections::HashMap;
 use std::fs;
@@ -21,7 +24,7 @@ use crate::store::{Store, Sync, hash_file};
 const RACY: i64 = 2_000_000_000;
 
 /// Version of the file; another one is thrown away.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Beyond this many files, those that are gone are forgotten.
 const MANY: usize = 10_000;
@@ -88,7 +91,7 @@ impl StatCache {
     pub(crate) fn load(store: &Store) -> Self {
         let saved: Saved = fs::read(store.stat_cache_path())
             .ok()
-            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .and_then(|bytes| serde_json::from_slice(checked(&bytes)?).ok())
             .filter(|saved: &Saved| saved.version == VERSION)
             .unwrap_or_default();
         Self { state: Mutex::new(State { files: saved.files, ..State::default() }) }
@@ -166,10 +169,21 @@ impl StatCache {
         let saved = Saved { version: VERSION, files: std::mem::take(&mut state.files) };
         let bytes = serde_json::to_vec(&saved);
         state.files = saved.files;
-        store.write_atomic(&store.stat_cache_path(), &bytes?, Sync::No)?;
+        let mut bytes = bytes?;
+        let checksum = Digest::of_bytes(&bytes);
+        bytes.extend_from_slice(format!("\n{checksum}\n").as_bytes());
+        store.write_atomic(&store.stat_cache_path(), &bytes, Sync::No)?;
         state.changed = false;
         Ok(())
     }
+}
+
+/// The JSON of a saved cache, if its checksum fits.
+fn checked(bytes: &[u8]) -> Option<&[u8]> {
+    let text = bytes.strip_suffix(b"\n")?;
+    let end = text.iter().rposition(|b| *b == b'\n')?;
+    let (json, checksum) = (&text[..end], &text[end + 1..]);
+    (Digest::of_bytes(json).to_string().as_bytes() == checksum).then_some(json)
 }
 
 #[cfg(test)]
@@ -223,6 +237,13 @@ mod tests {
         assert_eq!(digest(&cache, &path), Digest::of_bytes(b"two"));
         age(&path, 100);
         assert_eq!(cache.known(&path).unwrap(), None, "another time is a change");
+
+        let whole = fs::read(store.stat_cache_path()).unwrap();
+        for at in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1;
+            assert!(checked(&flipped).is_none(), "a flipped bit in byte {at} goes unseen");
+        }
     }
 
     #[test]

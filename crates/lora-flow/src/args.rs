@@ -189,6 +189,10 @@ pub struct RunArgs {
     /// Tasks at once
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     pub jobs: usize,
+    /// GPUs to spread the tasks over, each given to one task at a time [default: the one of
+    /// `--device cuda:N`; without it, those that are found, for plugins]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub gpus: Option<usize>,
     /// Go on with tasks that do not depend on a failed one
     #[arg(short, long)]
     pub keep_going: bool,
@@ -253,17 +257,21 @@ pub struct WhyArgs {
 pub struct GraphArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
     /// Language of the drawing
     #[arg(long, default_value = "mermaid")]
     pub format: GraphFormat,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum GraphFormat {
     /// For Markdown
     Mermaid,
     /// For Graphviz
     Dot,
+    /// A picture, coloured by what a run would do
+    Svg,
 }
 
 #[derive(Debug, Subcommand)]

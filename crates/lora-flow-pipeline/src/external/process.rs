@@ -253,7 +253,9 @@ fn attach(child: &mut Child, input: Vec<u8>) -> mpsc::Receiver<Message> {
 
 fn listen_to_output(pipe: impl Read, sender: &SyncSender<Message>) {
     let mut reader = BufReader::new(pipe);
-    while let Some((line, whole)) = next_line(&mut reader, LONGEST_EVENT) {
+    // A line that is too long is told of at once, since it may never end; what follows is read to
+    // keep the pipe free.
+    while let Some((line, whole)) = next_line(&mut reader, LONGEST_EVENT, Rest::Leave) {
         let message = match whole {
             true => Message::Heard(Heard::Output(line)),
             false => Message::TooLong,
@@ -264,9 +266,18 @@ fn listen_to_output(pipe: impl Read, sender: &SyncSender<Message>) {
     }
 }
 
+/// The lines of a plugin's standard output; none in the place of one that is too long.
+pub(super) fn output_lines(output: impl Read) -> impl Iterator<Item = Option<String>> {
+    let mut reader = BufReader::new(output);
+    std::iter::from_fn(move || {
+        let (line, whole) = next_line(&mut reader, LONGEST_EVENT, Rest::Skip)?;
+        Some(whole.then_some(line))
+    })
+}
+
 fn listen_to_errors(pipe: impl Read, sender: &SyncSender<Message>) {
     let mut reader = BufReader::new(pipe);
-    while let Some((line, _)) = next_line(&mut reader, LONGEST_LOG_LINE) {
+    while let Some((line, _)) = next_line(&mut reader, LONGEST_LOG_LINE, Rest::Skip) {
         // A progress bar redraws its line; the last state is enough.
         let line = line.rsplit('\r').find(|part| !part.is_empty()).unwrap_or("").to_owned();
         if sender.send(Message::Heard(Heard::Error(line))).is_err() {
@@ -275,8 +286,17 @@ fn listen_to_errors(pipe: impl Read, sender: &SyncSender<Message>) {
     }
 }
 
+/// What to do with the rest of a line that is too long.
+#[derive(Clone, Copy, PartialEq)]
+enum Rest {
+    /// Read on to its end.
+    Skip,
+    /// Return at once; the rest then counts as another line.
+    Leave,
+}
+
 /// The next line without its end, at most `limit` bytes of it, and whether that is all of it.
-fn next_line(reader: &mut impl BufRead, limit: usize) -> Option<(String, bool)> {
+fn next_line(reader: &mut impl BufRead, limit: usize, rest: Rest) -> Option<(String, bool)> {
     let mut line = Vec::new();
     let mut whole = true;
     loop {
@@ -298,7 +318,7 @@ fn next_line(reader: &mut impl BufRead, limit: usize) -> Option<(String, bool)> 
         line.extend_from_slice(&text[..text.len().min(room)]);
         let used = end.map_or(chunk.len(), |e| e + 1);
         reader.consume(used);
-        if end.is_some() {
+        if end.is_some() || (!whole && rest == Rest::Leave) {
             break;
         }
     }

@@ -16,8 +16,12 @@ pub(super) struct Scope {
     pub(super) readable: Vec<PathBuf>,
     /// Folders it may write.
     pub(super) writable: Vec<PathBuf>,
-    /// Whether it may use the network.
+    /// Whether it may use the network, and with it sockets of all kinds.
     pub(super) network: bool,
+    /// Whether it may use local sockets without the network. Behind a socket file may be a service
+    /// that does what the process may not, such as one that starts containers, and the kernel
+    /// holds no one to a folder there.
+    pub(super) local_sockets: bool,
 }
 
 /// Takes from the process that a command starts what the scope does not hold. Returns what this
@@ -43,7 +47,7 @@ pub(super) fn confine(command: &mut Command, scope: &Scope) -> Result<Option<&'s
     use std::os::unix::process::CommandExt;
 
     let files = linux::files(command, scope)?;
-    let sockets = (!scope.network).then(linux::sockets);
+    let sockets = (!scope.network).then(|| linux::sockets(scope.local_sockets));
     let gap = match (&files, &sockets) {
         (None, Some(None)) => Some("can read and write all that you can, and use the network"),
         (None, _) => Some("can read and write all that you can"),
@@ -244,12 +248,12 @@ mod linux {
         None
     };
 
-    /// A filter that refuses all sockets but local ones; none where the kernel or this program
-    /// does not know how.
+    /// A filter that refuses all sockets but, if `local`, those of the machine; none where the
+    /// kernel or this program does not know how. Pairs of connected sockets are no way out.
     ///
     /// Calls of another architecture, also of x32, are refused whole: they have other numbers.
     /// So is io_uring, which opens sockets without the call.
-    pub(super) fn sockets() -> Option<Box<[libc::sock_filter]>> {
+    pub(super) fn sockets(local: bool) -> Option<Box<[libc::sock_filter]>> {
         let architecture = ARCHITECTURE?;
         let refuse = libc::SECCOMP_RET_ERRNO;
         // SAFETY: a plain system call that reads the action.
@@ -284,7 +288,13 @@ mod linux {
             jump(4, libc::BPF_JEQ, libc::SYS_io_uring_setup as u32, REFUSE, 5),
             jump(5, libc::BPF_JEQ, libc::SYS_socket as u32, 6, ALLOW),
             load(FIRST_ARGUMENT),
-            jump(7, libc::BPF_JEQ, libc::AF_UNIX as u32, ALLOW, REFUSE),
+            jump(
+                7,
+                libc::BPF_JEQ,
+                libc::AF_UNIX as u32,
+                if local { ALLOW } else { REFUSE },
+                REFUSE,
+            ),
             end(libc::SECCOMP_RET_ALLOW),
             end(refuse | libc::EACCES as u32),
         ]))

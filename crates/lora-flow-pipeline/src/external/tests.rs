@@ -186,6 +186,65 @@ fn malformed_lines_are_quoted() {
 }
 
 #[test]
+fn a_flood_is_held_back() {
+    // A gigabyte without a line's end, and a line that never ends.
+    for flood in ["head -c 1000000000 /dev/zero", "cat /dev/zero"] {
+        let mut plugin = Plugin::new(&format!("{flood}\n{DONE}"));
+        plugin.load(&[]);
+        plugin.bench.task("work").timeout = Some(Duration::from_secs(60));
+        let error = plugin.error();
+        assert_eq!(error.message, "plugin `p` wrote a line of more than 1048576 bytes", "{flood}");
+    }
+    // Standard error without an end of line is cut, and does not fail the task.
+    let script = format!("{OUT}head -c 50000000 /dev/zero >&2; echo x > $out/text\n{DONE}");
+    let mut plugin = Plugin::new(&script);
+    let report = plugin.run();
+    assert_eq!(out(&report, "work").status, Status::Ran);
+    assert!(plugin.log(&report).len() < 1 << 20);
+    // Text that would be kept with the entry.
+    let script =
+        "yes '{\"event\":\"report\",\"text\":\"and on and on and on\"}' | head -n 100000\n";
+    let error = Plugin::new(&format!("{OUT}echo x > $out/text\n{script}{DONE}")).error();
+    assert_eq!(error.message, "plugin `p` reports more than 1048576 bytes of text");
+}
+
+/// Counts what it is told.
+#[derive(Default)]
+struct Counter(std::sync::atomic::AtomicUsize);
+
+impl crate::run::Observer for Counter {
+    fn task_started(&self, _: &str) {}
+    fn task_event(&self, _: &str, _: &lora_flow_core::Event) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn task_finished(&self, _: &str, _: &crate::run::TaskOutcome) {}
+}
+
+#[test]
+fn millions_of_events_reach_nobody() {
+    let event = r#"{"event":"progress","done":1,"total":1}"#;
+    let mut plugin =
+        Plugin::new(&format!("{OUT}echo x > $out/text\nyes '{event}' | head -n 2000000\n{DONE}"));
+    plugin.load(&[]);
+    let counter = Arc::new(Counter::default());
+    let start = Instant::now();
+    let report = plugin.bench.run_watched(counter.clone());
+    assert_eq!(out(&report, "work").status, Status::Ran, "{:?}", out(&report, "work").error);
+    let most = start.elapsed().as_millis() / 20 + 10;
+    let told = counter.0.load(Ordering::Relaxed);
+    assert!((1..=most as usize).contains(&told), "{told}");
+
+    // While it floods, it can be stopped.
+    let mut plugin = Plugin::new(&format!("yes '{event}'\n"));
+    plugin.load(&[]);
+    plugin.bench.task("work").timeout = Some(Duration::from_millis(500));
+    let start = Instant::now();
+    let error = plugin.error();
+    assert!(error.message.starts_with("out of time"), "{}", error.message);
+    assert!(start.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
 fn every_bad_end_is_explained() {
     let last_words = "echo 'Traceback: no module named x' >&2\n";
     let cases = [

@@ -10,15 +10,15 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use lora_flow_core::{
-    CancelToken, Digest, Error, ErrorKind, LogLevel, NamedArtifact, OutputDir, Result, ResultExt,
-    TaskContext, TaskContextParts,
+    CancelToken, DeviceSpec, Digest, Error, ErrorKind, LogLevel, NamedArtifact, OutputDir, Result,
+    ResultExt, TaskContext, TaskContextParts,
 };
 
 use super::publish::Publication;
-use super::reporter::TaskReporter;
+use super::reporter::{TaskReporter, printable};
 use super::schedule::Run;
 use super::validate::validate;
-use super::{Done, ErrorRecord, Input, Status, TaskOutcome};
+use super::{Done, ErrorRecord, Gpu, Input, Status, TaskOutcome};
 use crate::key::Explained;
 use crate::pinned::check_outputs;
 use crate::plan::PlannedTask;
@@ -95,6 +95,8 @@ pub(super) struct Job {
     pub(super) index: usize,
     pub(super) inputs: Result<Vec<Input>>,
     pub(super) threads: usize,
+    /// GPUs that it has for itself.
+    pub(super) gpus: Vec<Gpu>,
     /// Its entry was damaged.
     pub(super) corrupt: bool,
     pub(super) control: Arc<Control>,
@@ -112,7 +114,7 @@ impl Run<'_> {
             return nothing;
         }
         let Ok(Some(explained)) = session.explained(task, inputs, false) else { return nothing };
-        let entry = match session.store.lookup(&explained.key.digest()) {
+        let entry = match session.store.inspect(&explained.key.digest()) {
             Ok(Lookup::Hit(entry)) => entry,
             Ok(Lookup::Corrupt { .. }) => return Quick::Work { corrupt: true },
             _ => return nothing,
@@ -143,6 +145,7 @@ impl Run<'_> {
             run: self,
             task,
             threads: job.threads,
+            gpus: job.gpus,
             control: job.control,
             reporter: Arc::new(reporter),
             outcome: TaskOutcome::new(task, Status::Failed),
@@ -163,8 +166,11 @@ impl Run<'_> {
             Err(e) => {
                 outcome.status = Status::Failed;
                 let log = self.folder.log(&task.id);
-                let error =
-                    ErrorRecord { message: e.chain(), hint: e.hint().map(str::to_owned), log };
+                let error = ErrorRecord {
+                    message: printable(&e.chain()).into_owned(),
+                    hint: e.hint().map(|hint| printable(hint).into_owned()),
+                    log,
+                };
                 reporter.note(LogLevel::Error, &format!("failed: {}", error.message));
                 if let Some(hint) = &error.hint {
                     reporter.note(LogLevel::Error, &format!("hint: {hint}"));
@@ -205,6 +211,7 @@ struct Work<'a> {
     run: &'a Run<'a>,
     task: &'a PlannedTask,
     threads: usize,
+    gpus: Vec<Gpu>,
     control: Arc<Control>,
     reporter: Arc<TaskReporter>,
     outcome: TaskOutcome,
@@ -224,7 +231,7 @@ impl Work<'_> {
         self.outcome.key = Some(key);
         let forced = session.is_forced(self.task);
         if !forced {
-            match session.store.lookup(&key)? {
+            match session.store.inspect(&key)? {
                 Lookup::Hit(entry) => return self.settle(entry, true),
                 Lookup::Corrupt { .. } => corrupt = true,
                 Lookup::Miss => {}
@@ -239,6 +246,7 @@ impl Work<'_> {
         let reasons = session.reasons(self.task, &explained, &key, corrupt);
         self.outcome.reasons = reasons.iter().map(ToString::to_string).collect();
         self.run.observer.task_started(&self.task.id);
+        self.run.folder.note_start(&self.task.id);
         self.started = Some(Instant::now());
         self.reporter.note(LogLevel::Info, &format!("runs: {}", self.outcome.reasons.join("; ")));
 
@@ -351,6 +359,10 @@ impl Work<'_> {
         }
         self.check_files()?;
         let (outputs, report, summary, denied) = cx.finish();
+        let report = printable(&report).into_owned();
+        let summary =
+            summary.iter().map(|(k, v)| (printable(k).into(), printable(v).into())).collect();
+        let denied = denied.map(|text| printable(&text).into_owned());
         let staged = self.stage(outputs)?;
         let entry = Entry {
             key,
@@ -406,18 +418,25 @@ impl Work<'_> {
         let scratch = folder.join("scratch");
         fs_err::create_dir(&scratch)?;
         let files = self.task.files.iter().map(|f| (f.pointer.clone(), f.paths.clone()));
-        Ok(TaskContext::new(TaskContextParts {
+        let options = self.run.options;
+        let device = match (options.device, self.gpus.first()) {
+            (DeviceSpec::Cuda(_), Some(gpu)) => DeviceSpec::Cuda(gpu.ordinal),
+            (device, _) => device,
+        };
+        let cx = TaskContext::new(TaskContextParts {
             inputs: by_port,
             outputs,
             files: files.collect(),
             scratch,
             state_dir: state_dir.to_owned(),
-            device: self.run.options.device,
+            device,
             threads: self.threads,
-            allow_network: self.run.options.allow_network,
+            allow_network: options.allow_network,
             cancel,
             reporter: self.reporter.clone(),
-        }))
+        });
+        let names = || self.gpus.iter().map(|gpu| gpu.name.clone()).collect();
+        Ok(if options.gpus.is_empty() { cx } else { cx.with_gpus(names()) })
     }
 
     /// What a task's error means: out of time, stopped with the run, or failed.

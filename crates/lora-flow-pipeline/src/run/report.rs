@@ -23,6 +23,8 @@ pub struct RunOptions {
     pub keep_going: bool,
     /// Device to compute on.
     pub device: DeviceSpec,
+    /// GPUs that tasks may be given, each to one task at a time; none where none is known.
+    pub gpus: Vec<Gpu>,
     /// Whether plugins may use the network.
     pub allow_network: bool,
     /// Set to stop the run.
@@ -31,6 +33,15 @@ pub struct RunOptions {
     pub pinned: Pinned,
     /// The command line, for the record.
     pub command_line: Vec<String>,
+}
+
+/// A GPU of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gpu {
+    /// Its number in this process, as in `cuda:N`.
+    pub ordinal: usize,
+    /// Its name for a process that is to see it alone, as in `CUDA_VISIBLE_DEVICES`.
+    pub name: String,
 }
 
 /// Watches a run. Called from several threads.
@@ -63,8 +74,47 @@ pub enum State {
     CachedRemote,
     /// It will run.
     Stale(Vec<Reason>),
-    /// That depends on what others yield.
-    Unknown(Vec<String>),
+    /// It will run if what it depends on yields something else than before.
+    Open(Vec<Reason>),
+    /// It cannot run, because of this.
+    Blocked(String),
+}
+
+impl State {
+    /// The state in two words at most.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Cached => "cached",
+            Self::CachedRemote => "cached (remote)",
+            Self::Stale(_) => "will run",
+            Self::Open(_) => "may run",
+            Self::Blocked(_) => "blocked",
+        }
+    }
+
+    /// Why, in lines for people.
+    pub fn reasons(&self) -> Vec<String> {
+        match self {
+            Self::Cached | Self::CachedRemote => Vec::new(),
+            Self::Stale(reasons) | Self::Open(reasons) => {
+                reasons.iter().map(ToString::to_string).collect()
+            }
+            Self::Blocked(because) => vec![because.clone()],
+        }
+    }
+
+    /// Why, for machines; see [`Reason::to_json`].
+    pub fn reasons_json(&self) -> Vec<serde_json::Value> {
+        match self {
+            Self::Cached | Self::CachedRemote => Vec::new(),
+            Self::Stale(reasons) | Self::Open(reasons) => {
+                reasons.iter().map(Reason::to_json).collect()
+            }
+            Self::Blocked(because) => {
+                vec![serde_json::json!({ "reason": "blocked", "text": because })]
+            }
+        }
+    }
 }
 
 /// How a task ended.
@@ -145,9 +195,14 @@ pub struct TaskOutcome {
 
 impl TaskOutcome {
     pub(super) fn new(task: &PlannedTask, status: Status) -> Self {
+        Self::with(&task.id, &task.kind, status)
+    }
+
+    /// A task of which nothing more is known.
+    pub(crate) fn with(id: &str, kind: &str, status: Status) -> Self {
         Self {
-            id: task.id.clone(),
-            kind: task.kind.clone(),
+            id: id.to_owned(),
+            kind: kind.to_owned(),
             status,
             pulled: false,
             key: None,

@@ -3,12 +3,13 @@
 //! One thread decides; each executing task has a thread of its own. Tasks whose results are in the
 //! store never get one: they are looked up here, at the moment their inputs are known.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, Scope};
 use std::time::Duration;
 
-use lora_flow_core::{Error, Result};
+use lora_flow_core::{DeviceSpec, Error, Result};
 
 use super::execute::{Control, Finished, Job, Quick};
 use super::{Done, Observer, RunOptions, Session, Status, TaskOutcome};
@@ -49,6 +50,7 @@ enum Stage {
     Executing {
         control: Arc<Control>,
         takes: Load,
+        gpus: Vec<usize>,
     },
     /// It has a result.
     Done,
@@ -78,7 +80,7 @@ impl<'a> Scheduler<'a> {
             upstream: tasks.iter().map(|t| t.upstream()).collect(),
             results: vec![None; tasks.len()],
             outcomes: vec![None; tasks.len()],
-            machine: Machine::new(run.options.jobs),
+            machine: Machine::new(run.options.jobs, run.options.gpus.len()),
             stopped_by: None,
         }
     }
@@ -141,16 +143,26 @@ impl<'a> Scheduler<'a> {
                 }
                 Quick::Work { corrupt } => corrupt,
             };
-            let takes = self.machine.load(&task.resources);
+            let on_gpu = task.task.uses_device() && self.run.options.device != DeviceSpec::Cpu;
+            let takes = self.machine.load(&task.resources, on_gpu);
             if !self.machine.has_room(&takes) {
                 self.stages[index] = Stage::Waiting { looked_at: Some(Quick::Work { corrupt }) };
                 continue;
             }
-            self.machine.take(&takes);
+            let gpus = self.machine.take(&takes);
             let control = Arc::new(Control::default());
             let threads = takes.threads;
-            self.stages[index] = Stage::Executing { control: control.clone(), takes };
-            let job = Job { index, inputs, threads, corrupt, control };
+            let given = self.run.options.gpus.iter().enumerate();
+            let given = given.filter(|(i, _)| gpus.contains(i)).map(|(_, gpu)| gpu.clone());
+            let job = Job {
+                index,
+                inputs,
+                threads,
+                gpus: given.collect(),
+                corrupt,
+                control: control.clone(),
+            };
+            self.stages[index] = Stage::Executing { control, takes, gpus };
             let (run, sender) = (self.run, sender.clone());
             thread::Builder::new()
                 .name(task.id.clone())
@@ -175,8 +187,8 @@ impl<'a> Scheduler<'a> {
     fn end(&mut self, finished: Finished) {
         let Finished { index, outcome, done } = finished;
         let id = &self.run.session.plan.tasks[index].id;
-        if let Stage::Executing { takes, .. } = &self.stages[index] {
-            self.machine.give_back(takes);
+        if let Stage::Executing { takes, gpus, .. } = &self.stages[index] {
+            self.machine.give_back(takes, gpus);
         }
         let ended = |because: String| Stage::Ended { because };
         self.stages[index] = match &outcome.status {
@@ -192,6 +204,7 @@ impl<'a> Scheduler<'a> {
             }
         };
         self.results[index] = done;
+        self.run.folder.note_end(&outcome);
         self.run.observer.task_finished(id, &outcome);
         self.outcomes[index] = Some(outcome);
     }
@@ -237,32 +250,35 @@ struct Machine {
     jobs: usize,
     cpus: usize,
     memory: u64,
+    /// Places for tasks on GPUs: one for each, and one where none is known.
+    gpus: usize,
     room: Load,
+    free_gpus: BTreeSet<usize>,
     executing: usize,
 }
 
 impl Machine {
-    fn new(jobs: usize) -> Self {
+    fn new(jobs: usize, gpus: usize) -> Self {
         let cpus = thread::available_parallelism().map_or(1, usize::from);
-        Self::with(jobs, cpus, total_memory().unwrap_or(u64::MAX))
+        Self::with(jobs, cpus, gpus, total_memory().unwrap_or(u64::MAX))
     }
 
-    fn with(jobs: usize, cpus: usize, memory: u64) -> Self {
-        let jobs = jobs.max(1);
-        // Whoever asks for more jobs than processors gets them. All GPU tasks of a run share the
-        // one device that it was given.
-        let room = Load { threads: cpus.max(jobs), gpus: 1, memory };
-        Self { jobs, cpus, memory, room, executing: 0 }
+    fn with(jobs: usize, cpus: usize, gpus: usize, memory: u64) -> Self {
+        let (jobs, gpus) = (jobs.max(1), gpus.max(1));
+        // Whoever asks for more jobs than processors gets them.
+        let room = Load { threads: cpus.max(jobs), gpus, memory };
+        Self { jobs, cpus, memory, gpus, room, free_gpus: (0..gpus).collect(), executing: 0 }
     }
 
     /// What a task takes. A task that asks for more than there is gets all there is.
-    fn load(&self, wanted: &Resources) -> Load {
+    fn load(&self, wanted: &Resources, on_gpu: bool) -> Load {
         let threads = match wanted.cpu {
             0 => (self.cpus / self.jobs).max(1),
             cpu => cpu.min(self.cpus),
         };
         let memory = wanted.memory.unwrap_or(0).min(self.memory);
-        Load { threads, gpus: wanted.gpu.min(1), memory }
+        let gpus = wanted.gpu.unwrap_or(usize::from(on_gpu)).min(self.gpus);
+        Load { threads, gpus, memory }
     }
 
     fn has_room(&self, load: &Load) -> bool {
@@ -272,14 +288,19 @@ impl Machine {
             && load.memory <= self.room.memory
     }
 
-    fn take(&mut self, load: &Load) {
+    /// The numbers of the GPUs that the task is given.
+    fn take(&mut self, load: &Load) -> Vec<usize> {
         self.executing += 1;
         self.room.threads -= load.threads;
         self.room.gpus -= load.gpus;
         self.room.memory -= load.memory;
+        let given: Vec<usize> = self.free_gpus.iter().copied().take(load.gpus).collect();
+        self.free_gpus.retain(|gpu| !given.contains(gpu));
+        given
     }
 
-    fn give_back(&mut self, load: &Load) {
+    fn give_back(&mut self, load: &Load, gpus: &[usize]) {
+        self.free_gpus.extend(gpus);
         self.executing -= 1;
         self.room.threads += load.threads;
         self.room.gpus += load.gpus;
@@ -288,7 +309,7 @@ impl Machine {
 }
 
 /// Memory of the machine in bytes, where the system says so.
-fn total_memory() -> Option<u64> {
+pub(super) fn total_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
@@ -300,18 +321,22 @@ mod tests {
 
     #[test]
     fn a_task_gets_what_it_asks_for_as_far_as_it_is_there() {
-        let machine = Machine::with(2, 8, 1000);
-        let ask = |cpu, gpu| machine.load(&Resources { cpu, gpu, memory: Some(10) });
-        assert_eq!(ask(0, 0), Load { threads: 4, gpus: 0, memory: 10 }, "a share of the machine");
-        assert_eq!(ask(6, 1), Load { threads: 6, gpus: 1, memory: 10 });
-        assert_eq!(ask(99, 9), Load { threads: 8, gpus: 1, memory: 10 });
+        let machine = Machine::with(2, 8, 2, 1000);
+        let ask =
+            |cpu, gpu, on_gpu| machine.load(&Resources { cpu, gpu, memory: Some(10) }, on_gpu);
+        let takes = |threads, gpus| Load { threads, gpus, memory: 10 };
+        assert_eq!(ask(0, None, false), takes(4, 0), "a share of the machine");
+        assert_eq!(ask(6, None, true), takes(6, 1), "one that computes on a GPU has one");
+        assert_eq!(ask(6, Some(0), true), takes(6, 0), "unless it says otherwise");
+        assert_eq!(ask(6, Some(2), false), takes(6, 2));
+        assert_eq!(ask(99, Some(9), true), takes(8, 2));
     }
 
     #[test]
     fn room_is_limited_by_jobs_threads_gpus_and_memory() {
-        let mut machine = Machine::with(3, 4, 1000);
+        let mut machine = Machine::with(3, 4, 0, 1000);
         let gpu = Load { threads: 1, gpus: 1, memory: 0 };
-        machine.take(&gpu);
+        let taken = machine.take(&gpu);
         assert!(!machine.has_room(&gpu), "one device");
         assert!(!machine.has_room(&Load { threads: 4, gpus: 0, memory: 0 }));
         assert!(!machine.has_room(&Load { threads: 1, gpus: 0, memory: 1001 }));
@@ -321,18 +346,18 @@ mod tests {
         assert!(!machine.has_room(&small), "memory");
         machine.take(&Load { memory: 0, ..small });
         assert!(!machine.has_room(&Load { memory: 0, ..small }), "jobs");
-        machine.give_back(&gpu);
+        machine.give_back(&gpu, &taken);
         assert!(machine.has_room(&gpu));
     }
 
     #[test]
     fn more_jobs_than_processors_do_run() {
-        let mut machine = Machine::with(4, 2, 1000);
+        let mut machine = Machine::with(4, 2, 0, 1000);
         for _ in 0..4 {
-            let load = machine.load(&Resources::default());
+            let load = machine.load(&Resources::default(), false);
             assert!(machine.has_room(&load));
             machine.take(&load);
         }
-        assert!(!machine.has_room(&machine.load(&Resources::default())));
+        assert!(!machine.has_room(&machine.load(&Resources::default(), false)));
     }
 }

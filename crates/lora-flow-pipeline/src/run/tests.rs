@@ -5,6 +5,7 @@ mod cache;
 mod clean;
 mod crash;
 mod ends;
+mod key;
 mod limits;
 mod pinned;
 

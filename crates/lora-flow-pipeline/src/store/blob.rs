@@ -1,15 +1,26 @@
 //! Blobs: from the files of an output folder to read-only objects.
+//!
+//! A sealed blob carries a mark in the fraction of its modification time. Whatever writes to it
+//! afterwards takes the mark away, so that the `stat` which every lookup makes anyway shows it,
+//! and the bytes are hashed before they are trusted again. Only what changes bytes behind the file
+//! system's back (a failing disk) needs `cache verify` to be found.
 
 use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use lora_flow_core::{ArtifactFile, Digest, Error, OutputDir, Result, ResultExt};
 use rayon::prelude::*;
 
 use super::hash::hash_file;
 use super::{Manifest, ManifestFile, Store, StoredArtifact, rename_into};
+
+/// The mark: nanoseconds of a sealed blob's modification time. A multiple of 100, since some file
+/// systems keep no finer times.
+const SEALED: u32 = 739_391_800;
+const SEALED_NSEC: i64 = SEALED as i64;
 
 /// An output that was hashed, and the files that become blobs when its task's entry is written.
 #[derive(Debug)]
@@ -82,9 +93,23 @@ impl Store {
         Ok(copy)
     }
 
-    /// Whether the blob is there; its size alone is checked.
+    /// Whether the blob is there and sound. Its bytes are read only if something wrote to it since
+    /// it was sealed.
     pub(super) fn has_blob(&self, digest: &Digest, size: u64) -> bool {
-        fs::metadata(self.blob_path(digest)).is_ok_and(|m| m.is_file() && m.len() == size)
+        let path = self.blob_path(digest);
+        let Ok(meta) = fs::metadata(&path) else { return false };
+        if !meta.is_file() || meta.len() != size {
+            return false;
+        }
+        // A file system that keeps whole seconds alone cannot keep the mark.
+        if matches!(meta.mtime_nsec(), 0 | SEALED_NSEC) {
+            return true;
+        }
+        let sound = hash_file(&path).is_ok_and(|found| found == *digest);
+        if sound && let Err(e) = File::open(&path).and_then(|file| mark(&file)) {
+            tracing::debug!("cannot mark `{}`: {e}", path.display());
+        }
+        sound
     }
 
     /// Whether the blob is there, to be named by an entry that is written later: until then it is
@@ -112,9 +137,17 @@ pub(super) fn seal(path: &Path) -> Result<()> {
         Err(e) => Err(Error::new(format!("cannot open `{}`", path.display())).with_source(e)),
         Ok(file) => {
             file.set_permissions(Permissions::from_mode(0o444))?;
+            mark(&file)?;
             file.sync_all().with_context(|| format!("cannot write `{}`", path.display()))
         }
     }
+}
+
+/// Puts the mark of a sealed blob on a file.
+fn mark(file: &File) -> std::io::Result<()> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    // A second back: no time of a file lies in the future.
+    file.set_modified(SystemTime::UNIX_EPOCH + Duration::new(now.as_secs().max(1) - 1, SEALED))
 }
 
 /// All files below a folder with their names relative to it.

@@ -162,8 +162,6 @@ pub(crate) enum Lookup {
     Corrupt {
         /// What is wrong with it.
         why: String,
-        /// The files that are damaged.
-        paths: Vec<PathBuf>,
     },
 }
 
@@ -179,45 +177,43 @@ pub(super) fn info(entry: &Entry) -> EntryInfo {
 }
 
 impl Store {
-    /// The result under a key, if it is whole: the entry's checksum fits, and each of its blobs
-    /// exists with its size. It is then safe from cleaning as long as the run that asks goes on. What
-    /// is not whole goes into quarantine.
+    /// [`Store::inspect`] for the one who holds the key's lock and will make the result anew: a whole
+    /// result is safe from cleaning as long as the run that asks goes on; an entry that is not whole
+    /// goes into quarantine. Its blobs stay, since others may be mending them this moment; a sound
+    /// one takes the place of a damaged one.
     pub(crate) fn lookup(&self, key: &Digest) -> Result<Lookup> {
         let _gate = self.gate()?;
         let found = self.inspect(key)?;
         if let Lookup::Hit(_) = found {
             Self::touch(&self.entry_path(key));
         }
-        if let Lookup::Corrupt { why, paths } = &found {
+        if let Lookup::Corrupt { why } = &found {
             tracing::warn!("the store's entry {} is damaged: {why}", key.short());
-            paths.iter().try_for_each(|path| self.quarantine(path))?;
+            self.quarantine(&self.entry_path(key))?;
         }
         Ok(found)
     }
 
-    /// The same, leaving everything where it is.
+    /// The result under a key, if it is whole: the entry's checksum fits, and each of its blobs is
+    /// there and sound. Leaves everything where it is.
     pub(crate) fn inspect(&self, key: &Digest) -> Result<Lookup> {
         let path = self.entry_path(key);
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Lookup::Miss),
-            Err(e) => return Ok(Lookup::Corrupt { why: e.to_string(), paths: vec![path] }),
+            Err(e) => return Ok(Lookup::Corrupt { why: e.to_string() }),
         };
         let entry = match Entry::parse(&bytes, key) {
             Ok(entry) => entry,
-            Err(why) => return Ok(Lookup::Corrupt { why, paths: vec![path] }),
+            Err(why) => return Ok(Lookup::Corrupt { why }),
         };
         for file in entry.outputs.values().flat_map(|a| &a.manifest.files) {
             if self.has_blob(&file.digest, file.size) {
                 continue;
             }
-            let blob = self.blob_path(&file.digest);
-            let (how, paths) = match blob.exists() {
-                true => ("has the wrong size", vec![path, blob]),
-                false => ("is missing", vec![path]),
-            };
-            let why = format!("its file `{}` {how}", file.name);
-            return Ok(Lookup::Corrupt { why, paths });
+            let there = self.blob_path(&file.digest).exists();
+            let how = if there { "is damaged" } else { "is missing" };
+            return Ok(Lookup::Corrupt { why: format!("its file `{}` {how}", file.name) });
         }
         Ok(Lookup::Hit(Box::new(entry)))
     }

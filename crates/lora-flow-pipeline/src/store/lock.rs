@@ -98,6 +98,18 @@ impl FileLock {
         }
     }
 
+    /// Whether somebody has the lock. Makes no file.
+    pub(crate) fn is_held(path: &Path) -> bool {
+        let file = File::open(path);
+        file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
+    /// The lock after its file was moved.
+    pub(crate) fn moved_to(mut self, path: PathBuf) -> Self {
+        self.path = path;
+        self
+    }
+
     /// Deletes the lock's file and sets it free.
     pub(crate) fn remove(self) {
         // While it is held: whoever opened this file meanwhile will see that it is gone.
@@ -174,12 +186,14 @@ impl Drop for GateGuard<'_> {
 }
 
 impl Store {
-    /// For a run: nothing is cleaned away while this is held. What dead runs left in `tmp/` goes
-    /// when nobody else is at work.
+    /// For a run: nothing is cleaned away while this is held. What dead runs left in `tmp/` and
+    /// `locks/` goes when nobody else is at work.
     pub(crate) fn lock_for_run(&self, cancel: &CancelToken) -> Result<FileLock> {
         let path = self.lock_path(STORE_LOCK);
         if let Some(lock) = FileLock::try_exclusive(&path)? {
-            for leftover in super::list_dir(&self.dir.join("tmp"))? {
+            let locks = super::list_dir(&self.dir.join("locks"))?;
+            let locks = locks.into_iter().filter(|p| !p.ends_with(STORE_LOCK));
+            for leftover in super::list_dir(&self.dir.join("tmp"))?.into_iter().chain(locks) {
                 super::remove_all(&leftover)?;
             }
             return lock.downgrade();

@@ -281,9 +281,92 @@ fn root_moves_relative_paths() {
 #[test]
 fn graphs() {
     let plan = main_plan();
-    insta::assert_snapshot!("graph_mermaid", graph(&plan, GraphFormat::Mermaid));
-    insta::assert_snapshot!("graph_dot", graph(&plan, GraphFormat::Dot));
-    assert!("svg".parse::<GraphFormat>().is_err());
+    insta::assert_snapshot!("graph_mermaid", graph(&plan, GraphFormat::Mermaid, &[]));
+    insta::assert_snapshot!("graph_dot", graph(&plan, GraphFormat::Dot, &[]));
+    assert!("png".parse::<GraphFormat>().is_err());
+}
+
+#[test]
+fn an_svg_holds_all_it_needs_and_tells_states() {
+    let plan = main_plan();
+    insta::assert_snapshot!("graph_svg", graph(&plan, GraphFormat::Svg, &[]));
+
+    let mut plan = plan;
+    let hostile = "a<b>&\"'\u{1b}\u{7}]]><script>";
+    plan.name = hostile.to_owned();
+    plan.tasks[0].id = hostile.to_owned();
+    let state =
+        |id: &str, state| crate::TaskStatus { id: id.to_owned(), kind: String::new(), state };
+    let states = [
+        state(hostile, crate::State::Stale(vec![crate::Reason::NeverRun])),
+        state(&plan.tasks[1].id, crate::State::Cached),
+        state(&plan.tasks[2].id, crate::State::Blocked("gate `g` said no".to_owned())),
+    ];
+    let svg = graph(&plan, GraphFormat::Svg, &states);
+    assert!(!svg.contains("<script") && !svg.contains(['\u{1b}', '\u{7}']), "{svg}");
+    assert!(svg.contains("a&lt;b&gt;&amp;&quot;"), "{svg}");
+    for part in [
+        "class=\"task will\"",
+        "class=\"task cached\"",
+        "class=\"task blocked\"",
+        ": will run\nnever run",
+        "gate `g` said no",
+        "prefers-color-scheme:dark)",
+    ] {
+        assert!(svg.contains(part), "{part}");
+    }
+    // Nothing is fetched: the only address is the name of the language.
+    let addresses = svg.matches("://").count();
+    assert_eq!(addresses, svg.matches("http://www.w3.org/2000/svg").count());
+    assert!(!svg.contains("href") && !svg.contains("url(") && !svg.contains("@import"));
+    // Elements that open close.
+    for element in ["<svg", "<g ", "<text ", "<title>", "<style>"] {
+        let close = format!("</{}>", element.trim_matches(['<', ' ', '>']));
+        assert_eq!(svg.matches(element).count(), svg.matches(&close).count(), "{element}");
+    }
+}
+
+/// Boxes of one layer do not overlap, edges go to the right, and all lies inside of the picture.
+#[test]
+fn an_svg_of_many_tasks_has_room_for_each() {
+    let mut text = String::from("tasks:\n  base: { uses: model, with: { source: x } }\n");
+    for i in 0..40 {
+        let needs: Vec<String> =
+            (0..i).filter(|j| (i * 7 + j * 5) % 11 == 0).map(|j| format!("t{j}")).collect();
+        text += &format!(
+            "  t{i}: {{ uses: lora-inject, inputs: {{ model: base }}, needs: [{}], with: {{ r: 1, target_modules: a }} }}\n",
+            needs.join(", ")
+        );
+    }
+    let plan = compile(&text).unwrap_or_else(|e| panic!("{e}"));
+    let svg = graph(&plan, GraphFormat::Svg, &[]);
+    let number = |line: &str, name: &str| -> f64 {
+        let rest = line.split(&format!(" {name}=\"")).nth(1).unwrap();
+        rest.split('"').next().unwrap().parse().unwrap()
+    };
+    let boxes: Vec<[f64; 4]> = svg
+        .lines()
+        .filter(|l| l.starts_with("<g class=\"task"))
+        .map(|l| {
+            ["x", "y", "width", "height"].map(|name| number(&l[l.find("<rect").unwrap()..], name))
+        })
+        .collect();
+    assert_eq!(boxes.len(), 41);
+    let head = svg.lines().next().unwrap();
+    let (width, height) = (number(head, "width"), number(head, "height"));
+    for (i, a) in boxes.iter().enumerate() {
+        assert!(
+            a[0] >= 0.0 && a[1] >= 0.0 && a[0] + a[2] <= width && a[1] + a[3] <= height,
+            "{a:?}"
+        );
+        for b in &boxes[i + 1..] {
+            let apart = a[0] + a[2] <= b[0]
+                || b[0] + b[2] <= a[0]
+                || a[1] + a[3] <= b[1]
+                || b[1] + b[3] <= a[1];
+            assert!(apart, "{a:?} and {b:?} overlap");
+        }
+    }
 }
 
 #[test]

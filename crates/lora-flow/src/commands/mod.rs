@@ -125,7 +125,16 @@ fn draw(args: &GraphArgs) -> Result<i32, Failure> {
     let format = match args.format {
         GraphFormat::Mermaid => lora_flow_pipeline::GraphFormat::Mermaid,
         GraphFormat::Dot => lora_flow_pipeline::GraphFormat::Dot,
+        GraphFormat::Svg => lora_flow_pipeline::GraphFormat::Svg,
     };
-    print!("{}", lora_flow_pipeline::graph(plan, format));
+    // Colours tell what a run would do, where there is a store to ask; drawing makes none.
+    let root = plan.root.join(".lora-flow");
+    let store = ui::global().cache_dir.as_deref().unwrap_or(&root);
+    let states = if args.format == GraphFormat::Svg && store.join("format").is_file() {
+        engine(plan)?.explain(plan, &args.choice.force, args.choice.device)?
+    } else {
+        Vec::new()
+    };
+    print!("{}", lora_flow_pipeline::graph(plan, format, &states));
     Ok(0)
 }

@@ -38,14 +38,7 @@ pub fn print(
         let tasks: Vec<_> = tasks
             .iter()
             .map(|task| {
-                let (state, reasons) = match &task.state {
-                    State::Cached => ("cached", Vec::new()),
-                    State::CachedRemote => ("cached (remote)", Vec::new()),
-                    State::Stale(reasons) => {
-                        ("will run", reasons.iter().map(ToString::to_string).collect())
-                    }
-                    State::Unknown(reasons) => ("depends", reasons.clone()),
-                };
+                let (state, reasons) = (task.state.word(), task.state.reasons_json());
                 json!({ "task": task.id, "kind": task.kind, "state": state, "reasons": reasons })
             })
             .collect();
@@ -53,24 +46,12 @@ pub fn print(
         return Ok(0);
     }
     let mut rows = table(&["task", "kind", "state", "why"]);
-    let mut cached = 0;
     for task in &tasks {
-        let (state, why) = match &task.state {
-            State::Cached => {
-                cached += 1;
-                ("cached", String::new())
-            }
-            State::CachedRemote => {
-                cached += 1;
-                ("cached (remote)", String::new())
-            }
-            State::Stale(reasons) => {
-                ("will run", reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
-            }
-            State::Unknown(reasons) => ("depends", reasons.join("; ")),
-        };
-        rows.add_row([task.id.as_str(), task.kind.as_str(), state, why.as_str()]);
+        let why = task.state.reasons().join("; ");
+        rows.add_row([&task.id, &task.kind, task.state.word(), &why]);
     }
+    let cached =
+        tasks.iter().filter(|t| matches!(t.state, State::Cached | State::CachedRemote)).count();
     println!("{}\n\n{cached} of {} cached", rows.trim_fmt(), tasks.len());
     Ok(0)
 }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use lora_flow_core::CancelToken;
-use lora_flow_pipeline::{Pinned, RunOptions, RunReport, Status, TaskOutcome};
+use lora_flow_core::{CancelToken, DeviceSpec};
+use lora_flow_pipeline::{Gpu, Pinned, RunOptions, RunReport, Status, TaskOutcome};
 
 use crate::args::RunArgs;
 use crate::commands::ci;
@@ -15,7 +15,13 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     let plan = commands::load(&args.pipeline)?;
     commands::plan::check_forced(plan, &args.choice.force)?;
     // A device that cannot be had is better known now than after the tasks before training.
-    lora_flow_train::open_device(args.choice.device).map_err(Failure::Usage)?;
+    let gpus = gpus(args.gpus, args.choice.device);
+    if args.choice.device != DeviceSpec::Cpu {
+        for gpu in &gpus {
+            let device = DeviceSpec::Cuda(gpu.ordinal);
+            lora_flow_train::open_device(device).map_err(Failure::Usage)?;
+        }
+    }
     let engine = commands::engine(plan)?;
     let device = args.choice.device;
     let pinned = match args.locked {
@@ -49,6 +55,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         force: args.choice.force.clone(),
         keep_going: args.keep_going,
         device: args.choice.device,
+        gpus,
         allow_network: !args.offline,
         cancel,
         pinned,
@@ -68,6 +75,36 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         commands::lock::write(&engine, &plan, &args.pipeline, device)?;
     }
     Ok(report.exit_code())
+}
+
+/// The GPUs of a run: as many as were asked for, or the one that the device names, or, for
+/// plugins, those that the system shows.
+fn gpus(asked: Option<usize>, device: DeviceSpec) -> Vec<Gpu> {
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let name = |ordinal: usize| {
+        let names = visible.as_deref().map(|v| v.split(',').map(str::trim));
+        let named = names.and_then(|mut names| names.nth(ordinal)).filter(|n| !n.is_empty());
+        named.map_or_else(|| ordinal.to_string(), str::to_owned)
+    };
+    let ordinals = match (asked, device, &visible) {
+        (Some(n), ..) => 0..n,
+        (None, DeviceSpec::Cuda(i), _) => i..i + 1,
+        (None, DeviceSpec::Cpu, Some(v)) => {
+            0..v.split(',').filter(|n| !n.trim().is_empty()).count()
+        }
+        (None, DeviceSpec::Cpu, None) => 0..devices(),
+    };
+    ordinals.map(|ordinal| Gpu { ordinal, name: name(ordinal) }).collect()
+}
+
+/// NVIDIA's devices as Linux shows them.
+fn devices() -> usize {
+    let number = |e: &std::fs::DirEntry| {
+        let name = e.file_name();
+        let digits = name.to_str().and_then(|n| n.strip_prefix("nvidia"));
+        digits.is_some_and(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()))
+    };
+    std::fs::read_dir("/dev").into_iter().flatten().flatten().filter(number).count()
 }
 
 /// The end of a run: what the gates said, what failed and why, and the table of tasks.

@@ -5,44 +5,70 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::time::Duration;
 
 use lora_flow_core::Error;
-use lora_flow_pipeline::{Engine, RunReport};
+use lora_flow_pipeline::{Engine, RunInfo, RunReport, RunState, Status};
+use serde_json::Value;
 
 use crate::commands::{self, run};
 use crate::table::{bytes, duration, table};
-use crate::ui::Failure;
+use crate::ui::{self, Failure};
 
 /// How often `logs --follow` looks.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
 
 pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
     let engine = commands::engine_here()?;
-    let mut runs = engine.runs()?;
+    let mut runs = engine.all_runs()?;
     runs.truncate(limit);
     if json {
+        let runs: Vec<Value> = runs.iter().map(to_json).collect::<Result<_, _>>()?;
         println!("{}", serde_json::to_string_pretty(&runs)?);
         return Ok(0);
     }
     let mut rows = table(&["run", "pipeline", "started", "time", "outcome"]);
-    for run in &runs {
-        let outcome = match run.exit_code() {
-            0 => "done",
-            3 => "denied",
-            130 => "cancelled",
-            _ => "failed",
+    for RunInfo { state, report } in &runs {
+        let outcome = match (state, report.exit_code()) {
+            (RunState::Running, _) => format!("running, {}", so_far(report)),
+            (RunState::Killed, _) => format!("killed, {}", so_far(report)),
+            (RunState::Ended, 0) => "done".to_owned(),
+            (RunState::Ended, 3) => "denied".to_owned(),
+            (RunState::Ended, 130) => "cancelled".to_owned(),
+            (RunState::Ended, _) => "failed".to_owned(),
         };
-        rows.add_row([&run.run_id, &run.name, &run.started, &duration(run.wall), outcome]);
+        let time = duration(report.wall);
+        rows.add_row([&report.run_id, &report.name, &report.started, &time, &outcome]);
     }
     println!("{}", rows.trim_fmt());
     Ok(0)
 }
 
+/// The report with the run's state in it.
+fn to_json(run: &RunInfo) -> Result<Value, Failure> {
+    let mut report = serde_json::to_value(&run.report)?;
+    report["state"] = serde_json::to_value(run.state)?;
+    Ok(report)
+}
+
+/// `3 of 9 tasks done`.
+fn so_far(report: &RunReport) -> String {
+    let done =
+        |status: &Status| matches!(status, Status::Ran | Status::Cached | Status::Denied { .. });
+    let count = report.tasks.iter().filter(|t| done(&t.status)).count();
+    format!("{count} of {} done", ui::count(report.tasks.len(), "task"))
+}
+
 pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
-    let report = commands::engine_here()?.load_run(id).map_err(Failure::Usage)?;
+    let run = commands::engine_here()?.find_run(id).map_err(Failure::Usage)?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        println!("{}", serde_json::to_string_pretty(&to_json(&run)?)?);
         return Ok(0);
     }
-    println!("pipeline {} · started {}\n", report.name, report.started);
+    let RunInfo { state, report } = run;
+    let state = match state {
+        RunState::Ended => String::new(),
+        RunState::Running => format!(" · running, {}", so_far(&report)),
+        RunState::Killed => format!(" · killed, {}", so_far(&report)),
+    };
+    println!("pipeline {} · started {}{state}\n", report.name, report.started);
     run::print_tasks(&report);
     let mut outputs = table(&["artifact", "kind", "size", "digest"]);
     for task in &report.tasks {
@@ -76,7 +102,7 @@ pub fn logs(id: &str, task: &str, follow: bool) -> Result<i32, Failure> {
     if follow {
         return follow_log(&engine, id, task);
     }
-    let report = engine.load_run(id).map_err(Failure::Usage)?;
+    let report = engine.find_run(id).map_err(Failure::Usage)?.report;
     known_task(&report, task)?;
     let path = engine.log_path(&report.run_id, task);
     match fs_err::read_to_string(&path) {
@@ -89,34 +115,27 @@ pub fn logs(id: &str, task: &str, follow: bool) -> Result<i32, Failure> {
     Ok(0)
 }
 
-/// Prints what a log has and gets, until the run has a record.
+/// Prints what a log has and gets, until the run is over.
 fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
-    let ids = engine.run_ids()?;
-    let of = |i: &&String| id == "latest" || i.starts_with(id);
-    let run = match ids.iter().filter(of).collect::<Vec<_>>()[..] {
-        [one] => one.clone(),
-        [newest, ..] if id == "latest" => newest.clone(),
-        // The one place that says what is wrong with an id.
-        _ => engine.load_run(id).map_err(Failure::Usage)?.run_id,
-    };
+    let latest = if id == "latest" { engine.last_run()? } else { None };
+    let id = latest.as_deref().unwrap_or(id);
+    let run = engine.find_run(id).map_err(Failure::Usage)?.report.run_id;
     let path = engine.log_path(&run, task);
     let mut printed = 0;
     loop {
-        // The record is looked for first: what the log gets before it is then printed below.
-        let in_use = engine.store().in_use()?;
-        let ended = engine.load_run(&run).ok();
-        if let Some(report) = &ended {
-            known_task(report, task)?;
-        }
+        // The state is looked at first: what the log gets before its end is then printed below.
+        let RunInfo { state, report } = engine.find_run(&run).map_err(Failure::Usage)?;
+        known_task(&report, task)?;
+        let over = state != RunState::Running;
         match File::open(&path) {
             Ok(mut file) => {
                 let mut new = Vec::new();
                 file.seek(SeekFrom::Start(printed))?;
                 file.read_to_end(&mut new)?;
                 // Whole lines only, so that no character is cut; the last one when all is over.
-                let whole = match ended {
-                    Some(_) => new.len(),
-                    None => new.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1),
+                let whole = match over {
+                    true => new.len(),
+                    false => new.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1),
                 };
                 print!("{}", String::from_utf8_lossy(&new[..whole]));
                 printed += whole as u64;
@@ -124,13 +143,12 @@ fn follow_log(engine: &Engine, id: &str, task: &str) -> Result<i32, Failure> {
             Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => return Err(e.into()),
         }
-        if ended.is_some() || crate::out::stdout_closed() {
-            return Ok(0);
-        }
-        // A run holds the store until its record is written.
-        if !in_use {
-            let error = Error::new(format!("run {run} was killed: it has no record"));
+        if state == RunState::Killed {
+            let error = Error::new(format!("run {run} was killed"));
             return Err(error.with_hint("a new run goes on from what it saved").into());
+        }
+        if over || crate::out::stdout_closed() {
+            return Ok(0);
         }
         std::thread::sleep(FOLLOW_INTERVAL);
     }

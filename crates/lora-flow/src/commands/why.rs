@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use lora_flow_core::Digest;
-use lora_flow_pipeline::{State, TaskKey, TaskStatus};
+use lora_flow_pipeline::TaskKey;
 use serde_json::{Value, json};
 
 use crate::args::{PlanArgs, WhyArgs};
@@ -29,17 +29,18 @@ pub fn why(args: &WhyArgs) -> Result<i32, Failure> {
     let given: usize = key.inputs.values().map(Vec::len).sum();
     let pending = plan.tasks[index].inputs.len() - given;
     let digest = (pending == 0).then(|| key.digest());
-    let (state, reasons) = words(status);
+    let state = status.state.word();
     if args.json {
         let out = json!({
-            "task": status.id, "kind": status.kind, "state": state, "reasons": reasons,
+            "task": status.id, "kind": status.kind, "state": state,
+            "reasons": status.state.reasons_json(),
             "key": digest, "pending_inputs": pending, "parts": explained,
         });
         println!("{}", serde_json::to_string_pretty(&out)?);
         return Ok(0);
     }
     println!("{}: {state}", status.id);
-    for reason in &reasons {
+    for reason in status.state.reasons() {
         println!("  {reason}");
     }
     match digest {
@@ -96,7 +97,7 @@ pub fn status(args: &PlanArgs) -> Result<i32, Failure> {
     commands::plan::check_forced(plan, &args.choice.force)?;
     let engine = commands::engine(plan)?;
     for task in engine.explain(plan, &args.choice.force, args.choice.device)? {
-        let (state, reasons) = words(&task);
+        let (state, reasons) = (task.state.word(), task.state.reasons());
         let more = match reasons.len() {
             0 => String::new(),
             1 => format!("  ({})", reasons[0]),
@@ -105,13 +106,4 @@ pub fn status(args: &PlanArgs) -> Result<i32, Failure> {
         println!("{state:<8}  {}{more}", task.id);
     }
     Ok(0)
-}
-
-fn words(task: &TaskStatus) -> (&'static str, Vec<String>) {
-    match &task.state {
-        State::Cached => ("cached", Vec::new()),
-        State::CachedRemote => ("cached (remote)", Vec::new()),
-        State::Stale(reasons) => ("will run", reasons.iter().map(ToString::to_string).collect()),
-        State::Unknown(reasons) => ("depends", reasons.clone()),
-    }
 }

@@ -16,7 +16,8 @@ use crate::run::{ErrorRecord, Status};
 
 /// Whether this kernel confines all of it.
 fn can_confine() -> bool {
-    let scope = Scope { readable: Vec::new(), writable: Vec::new(), network: false };
+    let scope =
+        Scope { readable: Vec::new(), writable: Vec::new(), network: false, local_sockets: false };
     match confine(&mut Command::new("true"), &scope).unwrap() {
         None => true,
         Some(gap) => {
@@ -134,6 +135,32 @@ fn the_network_is_for_those_that_ask_and_may() {
     }
 }
 
+#[test]
+fn local_sockets_are_for_those_that_ask() {
+    let Ok(python) = Command::new("python3").arg("--version").output() else { return };
+    if !python.status.success() || !can_confine() {
+        eprintln!("passed over: there is no python3, or no confinement");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("service");
+    let service = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    service.set_nonblocking(true).unwrap();
+    let script = format!(
+        "import socket, sys\na, b = socket.socketpair()\na.send(b'x'); assert b.recv(1) == b'x'\n\
+         s = socket.socket(socket.AF_UNIX); s.connect('{}')\nsys.exit('it got through')\n",
+        path.display()
+    );
+    let error = Plugin::with("command: [python3, main.sh]\n", &script).error();
+    assert!(error.message.contains("PermissionError"), "{}", error.message);
+    assert!(error.hint.unwrap().contains("`local_sockets: true`"));
+    assert!(service.accept().is_err(), "nobody came");
+
+    let head = "local_sockets: true\ncommand: [python3, main.sh]\n";
+    let error = Plugin::with(head, &script).error();
+    assert!(error.message.contains("it got through"), "{}", error.message);
+}
+
 /// Each line of the filter is one that a mistake in a jump would break: local sockets, pairs of
 /// them, and what is no socket at all go on working.
 #[test]
@@ -158,8 +185,10 @@ fn local_sockets_and_other_calls_go_on() {
         open(request['outputs']['out']['path'] + '/text', 'w').write('x')\n\
         print(json.dumps({'event': 'done'}))\n";
     let confined = if can_confine() { "True" } else { "False" };
-    let mut plugin =
-        Plugin::with(&format!("command: [python3, main.sh, \"{confined}\"]\n"), script);
+    let mut plugin = Plugin::with(
+        &format!("local_sockets: true\ncommand: [python3, main.sh, \"{confined}\"]\n"),
+        script,
+    );
     let report = plugin.run();
     assert_eq!(out(&report, "work").status, Status::Ran, "{:?}", out(&report, "work").error);
 }

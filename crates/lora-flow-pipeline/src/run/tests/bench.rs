@@ -235,7 +235,8 @@ impl Bench {
                 let reasons: Vec<_> = reasons.iter().map(ToString::to_string).collect();
                 format!("{}: runs: {}", s.id, reasons.join("; "))
             }
-            State::Unknown(why) => format!("{}: depends: {}", s.id, why.join("; ")),
+            State::Open(_) => format!("{}: may run: {}", s.id, s.state.reasons().join("; ")),
+            State::Blocked(why) => format!("{}: blocked: {why}", s.id),
         };
         statuses.into_iter().map(line).collect()
     }

@@ -56,7 +56,7 @@ fn a_changed_parameter_runs_its_task_and_what_depends_on_it() {
             "a: cached",
             "b: cached",
             "c: runs: `with.deep.rate` changed: 0.1 → 0.2",
-            "d: depends: upstream `c` will run",
+            "d: may run: depends on `c`",
         ]
     );
     let report = bench.run();
@@ -79,9 +79,9 @@ fn what_is_known_of_a_task_is_said_before_its_inputs_are() {
         bench.explained(),
         [
             "a: runs: `with.n` changed: 1 → 2",
-            "b: runs: `with.x` changed: \"b\" → \"other\"; upstream `a` will run",
-            "c: depends: upstream `a` will run",
-            "d: depends: upstream `b` will run; upstream `c` may run",
+            "b: runs: `with.x` changed: \"b\" → \"other\"; depends on `a`",
+            "c: may run: depends on `a`",
+            "d: may run: depends on `b`; depends on `c`",
         ]
     );
     bench.run();
@@ -99,7 +99,7 @@ fn an_upstream_rerun_with_equal_bytes_stops_there() {
     bench.task("a").params = json!({ "seed": 2 });
     assert_eq!(
         bench.explained(),
-        ["a: runs: `with.seed` changed: 1 → 2", "b: depends: upstream `a` will run"]
+        ["a: runs: `with.seed` changed: 1 → 2", "b: may run: depends on `a`"]
     );
     assert_eq!(bench.executes(), ["a"]);
     bench.task("a").kind_version = 2;
@@ -298,7 +298,7 @@ fn an_optional_output_may_be_missing() {
     assert_eq!(error.message, "input `a`: `a` did not make its output `extra`");
     assert_eq!(
         bench.explained(),
-        ["a: cached", "b: cached", "c: depends: input `a`: `a` did not make its output `extra`"]
+        ["a: cached", "b: cached", "c: blocked: input `a`: `a` did not make its output `extra`"]
     );
 }
 

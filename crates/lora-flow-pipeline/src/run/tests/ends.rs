@@ -40,8 +40,8 @@ fn a_gate_that_says_no_stops_what_depends_on_it() {
         bench.explained(),
         [
             "gate: cached",
-            "after: depends: gate `gate` said no",
-            "later: depends: gate `gate` said no",
+            "after: blocked: gate `gate` said no",
+            "later: blocked: gate `gate` said no",
             "free: cached",
         ]
     );

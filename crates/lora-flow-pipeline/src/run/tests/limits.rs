@@ -1,16 +1,19 @@
 //! Order, parallelism and publishing.
 
+use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lora_flow_core::{DeviceSpec, Digest};
+use proptest::prelude::*;
 use serde_json::json;
 
 use super::bench::{Bench, files_below, out};
-use crate::run::Status;
+use crate::run::schedule::total_memory;
+use crate::run::{Gpu, Status};
 use crate::source::Span;
 
 /// Runs eight sleeping tasks; the most that slept at once.
@@ -27,7 +30,7 @@ fn most_at_once(jobs: usize, gpu: usize) -> usize {
             now.fetch_sub(1, Ordering::SeqCst);
             cx.output("out")?.write("text", i.to_string())
         });
-        task.resources.gpu = gpu;
+        task.resources.gpu = Some(gpu);
     }
     assert_eq!(bench.run().exit_code(), 0);
     most.load(Ordering::SeqCst)
@@ -39,6 +42,134 @@ fn jobs_and_the_one_device_bound_what_runs_at_once() {
     let most = most_at_once(3, 0);
     assert!((2..=3).contains(&most), "{most}");
     assert_eq!(most_at_once(4, 1), 1);
+}
+
+fn gpus(count: usize) -> Vec<Gpu> {
+    (0..count).map(|i| Gpu { ordinal: i, name: format!("GPU-{i}") }).collect()
+}
+
+#[test]
+fn a_task_is_told_which_gpus_are_its_own() {
+    let mut bench = Bench::new();
+    bench.options.jobs = 3;
+    bench.options.gpus = gpus(2);
+    bench.options.device = DeviceSpec::Cuda(0);
+    let gate = Arc::new(std::sync::Barrier::new(2));
+    for (i, gpu) in [(0, Some(1)), (1, Some(1)), (2, Some(2)), (3, None)] {
+        let gate = gate.clone();
+        let body = move |cx: &mut lora_flow_core::TaskContext| {
+            if gpu == Some(1) {
+                gate.wait(); // both at once, or never
+            }
+            let text = format!("{:?} {}", cx.gpus().unwrap(), cx.device());
+            cx.output("out")?.write("text", text)
+        };
+        let task = bench.add_with(&format!("t{i}"), json!({ "i": i }), &[], body);
+        task.resources = crate::plan::Resources { cpu: 1, gpu, memory: None };
+    }
+    let report = bench.run();
+    let texts = ["t0", "t1", "t2", "t3"].map(|id| super::text(&bench, &report, id));
+    let mut single = [texts[0].as_str(), texts[1].as_str()];
+    single.sort_unstable();
+    assert_eq!(single, ["[\"GPU-0\"] cuda:0", "[\"GPU-1\"] cuda:1"]);
+    assert_eq!(texts[2], "[\"GPU-0\", \"GPU-1\"] cuda:0");
+    assert_eq!(texts[3], "[] cuda:0");
+}
+
+/// What executes at a moment.
+#[derive(Debug, Default)]
+struct Load {
+    tasks: usize,
+    threads: usize,
+    memory: u64,
+    gpus: BTreeSet<String>,
+    ended: BTreeSet<usize>,
+}
+
+/// A task of a random graph.
+#[derive(Debug, Clone)]
+struct Wish {
+    needs: u16,
+    cpu: usize,
+    gpu: Option<usize>,
+    memory: u64,
+}
+
+fn wishes() -> impl Strategy<Value = Vec<Wish>> {
+    let memory = total_memory().unwrap_or(1 << 30);
+    let wish = (any::<u16>(), any::<u16>(), 0..5usize, prop::option::of(0..5usize), 0..8u64)
+        .prop_map(move |(a, b, cpu, gpu, eighths)| Wish {
+            needs: a & b, // few edges, so that many tasks may run at once
+            cpu,
+            gpu,
+            memory: memory / 4 * eighths, // up to almost twice what there is
+        });
+    prop::collection::vec(wish, 1..12)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_graph_oversubscribes_the_machine_and_all_end(
+        wishes in wishes(),
+        jobs in 1..6usize,
+        gpu_count in 0..4usize,
+    ) {
+        let mut bench = Bench::new();
+        bench.options.jobs = jobs;
+        bench.options.gpus = gpus(gpu_count);
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let total = total_memory().unwrap_or(u64::MAX);
+        let load = Arc::new(Mutex::new(Load::default()));
+        let wrong = Arc::new(Mutex::new(Vec::new()));
+        for (i, wish) in wishes.iter().enumerate() {
+            let needs: Vec<usize> = (0..i).filter(|j| wish.needs >> j & 1 == 1).collect();
+            let (load, wrong, wish, before) = (load.clone(), wrong.clone(), wish.clone(), needs.clone());
+            let memory = wish.memory.min(total);
+            let gpu = wish.gpu;
+            let (cpu, asked_memory) = (wish.cpu, wish.memory);
+            let body = move |cx: &mut lora_flow_core::TaskContext| {
+                let mine = cx.gpus().unwrap_or_default().to_vec();
+                let complain = |what: String| wrong.lock().unwrap().push(format!("t{i}: {what}"));
+                {
+                    let mut now = load.lock().unwrap();
+                    now.tasks += 1;
+                    now.threads += cx.threads();
+                    now.memory += memory;
+                    for gpu in &mine {
+                        if !now.gpus.insert(gpu.clone()) {
+                            complain(format!("{gpu} is another's"));
+                        }
+                    }
+                    if mine.len() != gpu.unwrap_or(0).min(gpu_count) {
+                        complain(format!("it has {mine:?} for {gpu:?}"));
+                    }
+                    if now.tasks > jobs || now.threads > cpus.max(jobs) || now.memory > total {
+                        complain(format!("{now:?}"));
+                    }
+                    if !before.iter().all(|j| now.ended.contains(j)) {
+                        complain(format!("before {before:?}"));
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(1));
+                let mut now = load.lock().unwrap();
+                now.tasks -= 1;
+                now.threads -= cx.threads();
+                now.memory -= memory;
+                now.gpus.retain(|gpu| !mine.contains(gpu));
+                now.ended.insert(i);
+                cx.output("out")?.write("text", i.to_string())
+            };
+            let task = bench.add_with(&format!("t{i}"), json!({ "i": i }), &[], body);
+            task.needs = needs;
+            let memory = (asked_memory > 0).then_some(asked_memory);
+            task.resources = crate::plan::Resources { cpu, gpu, memory };
+        }
+        let report = bench.run();
+        prop_assert_eq!(std::mem::take(&mut *wrong.lock().unwrap()), Vec::<String>::new());
+        prop_assert!(report.tasks.iter().all(|t| t.status == Status::Ran), "{:?}", report);
+    }
 }
 
 #[test]
@@ -203,8 +334,11 @@ fn damaged_bytes_are_not_published() {
     fs::remove_dir_all(bench.path("out")).unwrap();
     let store = bench.engine().store().clone();
     let blob = store.blob_path(&Digest::of_bytes(b"more"));
+    let time = fs::metadata(&blob).unwrap().modified().unwrap();
     fs::set_permissions(&blob, Permissions::from_mode(0o644)).unwrap();
     fs::write(&blob, "mure").unwrap();
+    // As a failing disk does it; what writes to a blob is seen sooner.
+    fs::File::open(&blob).unwrap().set_modified(time).unwrap();
     let report = bench.run();
     let error = out(&report, "a").error.as_ref().unwrap();
     assert!(error.message.ends_with("the file `sub/more` is damaged in the store"), "{error:?}");
