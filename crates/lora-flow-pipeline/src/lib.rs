@@ -55,7 +55,7 @@ mod store;
 pub use external::ExternalTask;
 pub use key::{Explained, KEY_FORMAT, TaskKey};
 pub use reason::{FileChange, Reason};
-pub use record::{RunEnvironment, RunRecord};
+pub use record::{RunEdge, RunEnvironment, RunRecord};
 pub use run::{
     Engine, ErrorRecord, Observer, OutputRecord, RunOptions, RunReport, State, Status, TaskOutcome,
     TaskStatus,

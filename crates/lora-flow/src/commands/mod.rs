@@ -9,6 +9,7 @@ mod export;
 mod generate;
 mod plan;
 mod plugin;
+mod report;
 mod run;
 mod runs;
 mod scaffold;
@@ -21,6 +22,9 @@ use lora_flow_core::Error;
 use lora_flow_pipeline::{CompileOptions, Engine, Plan, compile};
 
 use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs, PluginCommand};
+pub use diff::flatten;
+pub use runs::outcome_word;
+
 use crate::ui::{self, Failure};
 
 /// Runs the command and gives the exit code.
@@ -36,6 +40,7 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Show { run, json } => runs::show(&run, json),
         Command::Diff { a, b, all, json } => diff::diff(&a, &b, all, json),
         Command::Logs { run, task, follow } => runs::logs(&run, &task, follow),
+        Command::Report { runs, output } => report::report(&runs, &output),
         Command::Export { run } => export::export(&run),
         Command::Cache { command } => cache::cache(&command),
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),

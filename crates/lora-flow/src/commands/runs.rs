@@ -24,16 +24,21 @@ pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
     }
     let mut rows = table(&["run", "pipeline", "started", "time", "outcome"]);
     for run in &runs {
-        let outcome = match run.exit_code() {
-            0 => "done",
-            3 => "denied",
-            130 => "cancelled",
-            _ => "failed",
-        };
+        let outcome = outcome_word(run.exit_code());
         rows.add_row([&run.run_id, &run.name, &run.started, &duration(run.wall), outcome]);
     }
     println!("{}", rows.trim_fmt());
     Ok(0)
+}
+
+/// How a run ended, by its exit code.
+pub fn outcome_word(exit_code: i32) -> &'static str {
+    match exit_code {
+        0 => "done",
+        3 => "denied",
+        130 => "cancelled",
+        _ => "failed",
+    }
 }
 
 pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
