@@ -139,8 +139,8 @@ pub fn render(runs: &[RunView]) -> Result<String> {
     environment.add_template("report", TEMPLATE).context("the report's template")?;
 
     let many = runs.len() > 1;
-    // `</` would end the script element that the JSON stands in.
-    let json = serde_json::to_string(runs)?.replace("</", "<\\/");
+    // Nothing in the JSON may look like markup to the element that it stands in.
+    let json = serde_json::to_string(runs)?.replace('<', "\\u003c");
     let page = Page {
         title: runs.iter().map(|r| r.pipeline.as_str()).collect::<Vec<_>>().join(", "),
         version: env!("CARGO_PKG_VERSION"),
