@@ -2,6 +2,8 @@
 
 mod svg;
 
+pub use svg::run_svg;
+
 use std::fmt::Write;
 use std::str::FromStr;
 

@@ -36,7 +36,7 @@ mod wiring;
 mod yaml;
 
 pub use compile::{compile, compile_source};
-pub use graph::{GraphFormat, graph};
+pub use graph::{GraphFormat, graph, run_svg};
 pub use kinds::{KindInfo, builtin_kinds, plugin_kinds};
 pub use plan::{CompileOptions, InputEdge, Plan, PlannedTask, ResolvedFiles, Resources};
 pub use plugin_manifest::{MANIFEST, PROTOCOL, PluginKind, PluginManifest, ReadPath};
@@ -60,7 +60,7 @@ pub use external::read_plugin_output;
 pub use key::{Explained, KEY_FORMAT, TaskKey};
 pub use pinned::{LockFile, Pinned};
 pub use reason::{FileChange, Reason};
-pub use record::{RunEnvironment, RunInfo, RunRecord, RunState};
+pub use record::{RunEdge, RunEnvironment, RunInfo, RunRecord, RunState};
 pub use run::{
     Engine, ErrorRecord, Gpu, Observer, OutputRecord, RunOptions, RunReport, State, Status,
     TaskOutcome, TaskStatus,

@@ -43,6 +43,37 @@ pub struct RunRecord {
     pub command_line: Vec<String>,
     /// Where it ran.
     pub environment: RunEnvironment,
+    /// Its tasks' dependencies. Empty in records of versions that did not keep them.
+    #[serde(default)]
+    pub edges: Vec<RunEdge>,
+}
+
+/// A task waited for another one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunEdge {
+    /// The task that came first.
+    pub from: String,
+    /// The task that waited.
+    pub to: String,
+    /// The input through which the artifact went; none where only the order was asked for.
+    pub port: Option<String>,
+}
+
+impl RunEdge {
+    fn all(plan: &Plan) -> Vec<Self> {
+        let id = |index: usize| plan.tasks[index].id.clone();
+        let mut edges = Vec::new();
+        for task in &plan.tasks {
+            let inputs = task.inputs.iter().map(|edge| (edge.task, Some(edge.port.clone())));
+            let needs = task.needs.iter().map(|&index| (index, None));
+            edges.extend(inputs.chain(needs).map(|(from, port)| Self {
+                from: id(from),
+                to: task.id.clone(),
+                port,
+            }));
+        }
+        edges
+    }
 }
 
 /// Where a run took place.
@@ -224,6 +255,7 @@ impl RunFolder {
                 device: options.device.to_string(),
                 variables: variables.into_keys().cloned().collect(),
             },
+            edges: RunEdge::all(plan),
         };
         let sync = if report.did_work() { Sync::File } else { Sync::No };
         store.write_atomic(&self.dir.join(RUN_FILE), &serde_json::to_vec(&record)?, sync)?;

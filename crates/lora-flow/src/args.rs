@@ -141,6 +141,15 @@ pub enum Command {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Write a run, or several side by side, as one HTML page that needs no network
+    Report {
+        /// Run ids, unique beginnings of them, or `latest`
+        #[arg(default_value = "latest")]
+        runs: Vec<String>,
+        /// File to write; `-` is standard output
+        #[arg(long, short, default_value = "lora-flow-report.html")]
+        output: PathBuf,
+    },
     /// Print the lineage of a run as JSON: who made what, from which inputs
     Export {
         /// Run id, a unique beginning of one, or `latest`

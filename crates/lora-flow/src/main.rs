@@ -10,6 +10,7 @@ mod out;
 mod args;
 mod commands;
 mod progress;
+mod report;
 mod table;
 mod ui;
 

@@ -10,7 +10,8 @@ use std::fmt::Write;
 
 use super::{edge_label, order_only};
 use crate::plan::Plan;
-use crate::run::{State, TaskStatus};
+use crate::record::{RunEdge, RunRecord};
+use crate::run::{State, Status, TaskStatus};
 
 /// Sweeps over the layers, there and back. More change nothing that one would see.
 const SWEEPS: usize = 8;
@@ -50,12 +51,24 @@ text{font-family:ui-sans-serif,system-ui,sans-serif;font-size:13px;fill:#1f2328}
 /// Draws a plan. Tasks are coloured by what `states` says of them; those it does not name are grey.
 pub fn svg(plan: &Plan, states: &[TaskStatus]) -> String {
     let mut picture = Picture::of(plan, states);
-    picture.place_waypoints();
-    picture.order();
-    picture.set_heights();
-    picture.set_columns();
-    picture.draw(&plan.name, !states.is_empty())
+    picture.arrange();
+    picture.draw(&plan.name, if states.is_empty() { &[] } else { &PLANNED })
 }
+
+/// Draws a run: the tasks of its record, coloured by how they ended, with the times they took.
+pub fn run_svg(record: &RunRecord) -> String {
+    let mut picture = Picture::of_run(record);
+    picture.arrange();
+    picture.draw(&record.report.name, &ENDED)
+}
+
+/// Legend of a plan: class and word.
+const PLANNED: [(&str, &str); 4] =
+    [("cached", "cached"), ("will", "will run"), ("may", "may run"), ("blocked", "blocked")];
+
+/// Legend of a run.
+const ENDED: [(&str, &str); 4] =
+    [("cached", "cached"), ("will", "ran"), ("may", "did not run"), ("blocked", "failed, denied")];
 
 /// A box, or a waypoint of an edge.
 struct Node {
@@ -138,6 +151,50 @@ impl Picture {
             }
         }
         picture
+    }
+
+    fn of_run(record: &RunRecord) -> Self {
+        let tasks = &record.report.tasks;
+        let index: BTreeMap<&str, usize> =
+            tasks.iter().enumerate().map(|(i, t)| (t.id.as_str(), i)).collect();
+        let ends = |edge: &RunEdge| Some((*index.get(&*edge.from)?, *index.get(&*edge.to)?));
+        let mut picture = Self { nodes: Vec::new(), edges: Vec::new(), layers: Vec::new() };
+        for (i, task) in tasks.iter().enumerate() {
+            let entering: Vec<usize> =
+                record.edges.iter().filter_map(ends).filter(|e| e.1 == i).map(|e| e.0).collect();
+            // Tasks stand in the order of the plan: what it waited for has its layer.
+            let before = entering.iter().filter(|from| **from < i);
+            let layer = before.map(|from| picture.nodes[*from].layer + 1).max().unwrap_or(0);
+            let (class, note) = match &task.status {
+                Status::Ran => ("will", format!("{:.1} s", task.wall.as_secs_f64())),
+                Status::Cached => ("cached", "cached".to_owned()),
+                Status::Failed => ("blocked", "failed".to_owned()),
+                Status::Denied { .. } => ("blocked", "denied".to_owned()),
+                Status::Skipped(_) => ("may", "skipped".to_owned()),
+                Status::Cancelled => ("may", "cancelled".to_owned()),
+            };
+            let content = Content {
+                name: short(&task.id),
+                kind: format!("{} · {note}", short(&task.kind)),
+                class,
+                tooltip: format!("{} ({}): {note}", task.id, task.kind),
+            };
+            picture.add(content, layer, entering.len());
+        }
+        for edge in &record.edges {
+            if let Some((from, to)) = ends(edge).filter(|(from, to)| from < to) {
+                let label = edge.port.as_deref().map(short).unwrap_or_default();
+                picture.connect(from, to, label, edge.port.is_none());
+            }
+        }
+        picture
+    }
+
+    fn arrange(&mut self) {
+        self.place_waypoints();
+        self.order();
+        self.set_heights();
+        self.set_columns();
     }
 
     fn add(&mut self, content: Content, layer: usize, entries: usize) -> usize {
@@ -280,10 +337,10 @@ impl Picture {
         widths.map(|e| text_width(&e.label, SMALL_CHARACTER)).fold(0.0, f64::max)
     }
 
-    fn draw(&self, name: &str, legend: bool) -> String {
+    fn draw(&self, name: &str, legend: &[(&str, &str)]) -> String {
         let right = self.nodes.iter().map(|n| n.x + n.width).fold(0.0, f64::max) + MARGIN;
         let bottom = self.nodes.iter().map(|n| n.y + n.height / 2.0).fold(0.0, f64::max) + MARGIN;
-        let (right, foot) = if legend { (right.max(420.0), 26.0) } else { (right, 0.0) };
+        let (right, foot) = if legend.is_empty() { (right, 0.0) } else { (right.max(440.0), 26.0) };
         let (width, height) = (right.max(2.0 * MARGIN).ceil(), (bottom + foot).ceil());
         let mut out = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
@@ -295,9 +352,7 @@ impl Picture {
         for node in &self.nodes {
             draw_box(node, &mut out);
         }
-        if legend {
-            draw_legend(height - MARGIN, &mut out);
-        }
+        draw_legend(legend, height - MARGIN, &mut out);
         out.push_str("</svg>\n");
         out
     }
@@ -389,9 +444,7 @@ fn draw_box(node: &Node, out: &mut String) {
     out.push_str("</g>\n");
 }
 
-fn draw_legend(y: f64, out: &mut String) {
-    let states =
-        [("cached", "cached"), ("will", "will run"), ("may", "may run"), ("blocked", "blocked")];
+fn draw_legend(states: &[(&str, &str)], y: f64, out: &mut String) {
     for (i, (class, word)) in states.iter().enumerate() {
         let x = MARGIN + 95.0 * i as f64;
         let _ = writeln!(

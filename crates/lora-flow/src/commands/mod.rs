@@ -10,6 +10,7 @@ mod generate;
 mod lock;
 mod plan;
 mod plugin;
+mod report;
 mod run;
 mod runs;
 mod scaffold;
@@ -23,6 +24,9 @@ use lora_flow_pipeline::{CompileOptions, Engine, Plan, Remote, compile};
 use lora_flow_remote::{Bucket, Patience};
 
 use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs, PluginCommand};
+pub use diff::flatten;
+pub use runs::outcome_word;
+
 use crate::ui::{self, Failure};
 
 /// Runs the command and gives the exit code.
@@ -39,6 +43,7 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Show { run, json } => runs::show(&run, json),
         Command::Diff { a, b, all, json } => diff::diff(&a, &b, all, json),
         Command::Logs { run, task, follow } => runs::logs(&run, &task, follow),
+        Command::Report { runs, output } => report::report(&runs, &output),
         Command::Export { run } => export::export(&run),
         Command::Cache { command } => cache::cache(&command),
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),

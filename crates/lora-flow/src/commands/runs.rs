@@ -26,13 +26,10 @@ pub fn list(limit: usize, json: bool) -> Result<i32, Failure> {
     }
     let mut rows = table(&["run", "pipeline", "started", "time", "outcome"]);
     for RunInfo { state, report } in &runs {
-        let outcome = match (state, report.exit_code()) {
-            (RunState::Running, _) => format!("running, {}", so_far(report)),
-            (RunState::Killed, _) => format!("killed, {}", so_far(report)),
-            (RunState::Ended, 0) => "done".to_owned(),
-            (RunState::Ended, 3) => "denied".to_owned(),
-            (RunState::Ended, 130) => "cancelled".to_owned(),
-            (RunState::Ended, _) => "failed".to_owned(),
+        let outcome = match state {
+            RunState::Running => format!("running, {}", so_far(report)),
+            RunState::Killed => format!("killed, {}", so_far(report)),
+            RunState::Ended => outcome_word(report.exit_code()).to_owned(),
         };
         let time = duration(report.wall);
         rows.add_row([&report.run_id, &report.name, &report.started, &time, &outcome]);
@@ -54,6 +51,16 @@ fn so_far(report: &RunReport) -> String {
         |status: &Status| matches!(status, Status::Ran | Status::Cached | Status::Denied { .. });
     let count = report.tasks.iter().filter(|t| done(&t.status)).count();
     format!("{count} of {} done", ui::count(report.tasks.len(), "task"))
+}
+
+/// How a run ended, by its exit code.
+pub fn outcome_word(exit_code: i32) -> &'static str {
+    match exit_code {
+        0 => "done",
+        3 => "denied",
+        130 => "cancelled",
+        _ => "failed",
+    }
 }
 
 pub fn show(id: &str, json: bool) -> Result<i32, Failure> {
