@@ -454,6 +454,7 @@ mod tests {
         assert!(load_run(&store, "latest").is_err());
         for id in ["20260101-000000-0001", "20260101-000000-0002", "20260102-000000-0001"] {
             let record = RunRecord {
+                edges: Vec::new(),
                 format: RECORD_FORMAT,
                 report: report(id),
                 params: Value::Null,
