@@ -346,7 +346,7 @@ impl Decoder {
     }
 
     /// The residual stream after the last layer, [N, H].
-    fn hidden(&self, batch: &Batch, map: &AdapterMap<'_>) -> Result<Tensor> {
+    pub(crate) fn hidden(&self, batch: &Batch, map: &AdapterMap<'_>) -> Result<Tensor> {
         batch.check(self.config.vocab_size)?;
         let positions = batch.positions();
         let rope = self.rope(batch.longest());
@@ -396,7 +396,7 @@ impl Decoder {
     }
 
     /// Logits of rows of the residual stream, f32.
-    fn head_logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+    pub(crate) fn head_logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let (h, _) = rms_norm::forward(x, &self.norm, self.dims.eps)?;
         linear::matmul_nt(&h, &self.head)?.to_dtype(DType::F32)
     }

@@ -33,7 +33,7 @@ mod wiring;
 pub use compile::{compile, compile_source};
 pub use graph::{GraphFormat, graph};
 pub use kinds::{KindInfo, builtin_kinds, plugin_kinds};
-pub use lora_flow_yaml::source::{Diagnostic, Diagnostics, SourceFile, Span};
+pub use lora_flow_yaml::source::{Diagnostic, Diagnostics, SourceFile, Sources, Span};
 use lora_flow_yaml::{reader, source, yaml};
 pub use plan::{CompileOptions, InputEdge, Plan, PlannedTask, ResolvedFiles, Resources};
 pub use plugin_manifest::{MANIFEST, PROTOCOL, PluginKind, PluginManifest, ReadPath};

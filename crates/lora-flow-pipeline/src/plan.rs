@@ -8,7 +8,7 @@ use std::time::Duration;
 use lora_flow_core::{Ports, Task, TaskKind};
 use serde_json::Value;
 
-use crate::source::{Diagnostic, SourceFile, Span};
+use crate::source::{Diagnostic, SourceFile, Sources, Span};
 
 /// What [`compile`] needs besides the file.
 #[derive(Debug, Clone, Default)]
@@ -48,6 +48,17 @@ pub struct Plan {
     pub tasks: Vec<PlannedTask>,
     /// What may be a mistake.
     pub warnings: Vec<Diagnostic>,
+    /// The files behind [`Plan::source`].
+    pub sources: Sources,
+}
+
+impl Plan {
+    /// File, line and column of a place in [`Plan::source`].
+    pub fn place(&self, span: Span) -> (PathBuf, usize, usize) {
+        let (source, span) = self.sources.local(span);
+        let (line, column) = source.line_column(span.start);
+        (source.path.clone(), line, column)
+    }
 }
 
 /// One task of a plan.

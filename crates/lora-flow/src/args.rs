@@ -132,6 +132,23 @@ pub enum Command {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Say why a gate said what it said
+    Gate {
+        #[command(subcommand)]
+        command: GateCommand,
+    },
+    /// Record a run's results in a small file for git, to hold later runs against
+    Accept {
+        /// Run id, a unique beginning of one, or `latest`
+        #[arg(default_value = "latest")]
+        run: String,
+        /// The file [default: `baselines/PIPELINE.json`]
+        #[arg(long, value_name = "FILE")]
+        file: Option<PathBuf>,
+        /// Accept a run whose gate said no
+        #[arg(long)]
+        denied: bool,
+    },
     /// Print the lineage of a run as JSON: who made what, from which inputs
     Export {
         /// Run id, a unique beginning of one, or `latest`
@@ -240,6 +257,22 @@ pub enum GraphFormat {
     Mermaid,
     /// For Graphviz
     Dot,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum GateCommand {
+    /// Every rule with the numbers, intervals, tests and rows that decided
+    Explain {
+        /// Run id, a unique beginning of one, or `latest`
+        #[arg(default_value = "latest")]
+        run: String,
+        /// Only this gate
+        #[arg(long, value_name = "TASK")]
+        gate: Option<String>,
+        /// Print the verdicts as JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,5 +1,7 @@
 //! The commands; one file each, but for the smallest.
 
+mod accept;
+mod annotations;
 mod bench;
 mod cache;
 mod ci;
@@ -13,6 +15,7 @@ mod run;
 mod runs;
 mod scaffold;
 mod tasks;
+mod verdict;
 mod why;
 
 use std::path::{Path, PathBuf};
@@ -20,7 +23,9 @@ use std::path::{Path, PathBuf};
 use lora_flow_core::Error;
 use lora_flow_pipeline::{CompileOptions, Engine, Plan, compile};
 
-use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs, PluginCommand};
+use crate::args::{
+    Args, Command, GateCommand, GraphArgs, GraphFormat, PipelineArgs, PluginCommand,
+};
 use crate::ui::{self, Failure};
 
 /// Runs the command and gives the exit code.
@@ -36,6 +41,10 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Show { run, json } => runs::show(&run, json),
         Command::Diff { a, b, all, json } => diff::diff(&a, &b, all, json),
         Command::Logs { run, task, follow } => runs::logs(&run, &task, follow),
+        Command::Gate { command: GateCommand::Explain { run, gate, json } } => {
+            verdict::explain(&run, gate.as_deref(), json)
+        }
+        Command::Accept { run, file, denied } => accept::accept(&run, file.as_deref(), denied),
         Command::Export { run } => export::export(&run),
         Command::Cache { command } => cache::cache(&command),
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),

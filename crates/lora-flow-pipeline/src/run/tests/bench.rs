@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::plan::{InputEdge, Plan, PlannedTask, ResolvedFiles, Resources};
 use crate::run::{Engine, Observer, RunOptions, RunReport, State, TaskOutcome};
-use crate::source::{SourceFile, Span};
+use crate::source::{SourceFile, Sources, Span};
 
 /// What a task does.
 pub(crate) type Body = Arc<dyn Fn(&mut TaskContext) -> Result<()> + Send + Sync>;
@@ -181,10 +181,12 @@ impl Bench {
     }
 
     pub(crate) fn plan(&self) -> Plan {
+        let source = SourceFile::new(self.path("p.yaml"), "name: bench\n");
         Plan {
             name: self.name.clone(),
             description: String::new(),
-            source: SourceFile::new(self.path("p.yaml"), "name: bench\n"),
+            source: source.clone(),
+            sources: Sources::new(&source),
             root: self.root().to_owned(),
             params: json!({}),
             tasks: self.tasks.clone(),
