@@ -28,10 +28,11 @@ use crate::gate::accepted::{MaxRegression, accepted_name};
 use crate::gate::budget::Budget;
 use crate::gate::contamination::NoContamination;
 use crate::gate::equivalent::MergeEquivalent;
-use crate::gate::named::{Named, Outcome, short};
+use crate::gate::named::{Named, Outcome};
 use crate::gate::paired::{Claim, Comparison, Question};
 use crate::gate::side::Side;
 use crate::rule::{self, Finding, Metrics};
+use crate::short;
 
 /// Parameters of `gate`. Every rule given must hold.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]

@@ -45,3 +45,16 @@ pub(crate) fn text_table<const N: usize>(rows: &[[String; N]]) -> String {
     }
     out
 }
+
+/// A number with as many digits as people compare by.
+pub(crate) fn short(x: f64) -> String {
+    let size = x.abs();
+    if x == x.trunc() && size < 1e15 {
+        format!("{x}")
+    } else if (1e-3..1e6).contains(&size) {
+        let decimals = (4 - size.log10().floor() as i32).clamp(0, 7) as usize;
+        format!("{x:.decimals$}")
+    } else {
+        format!("{x:.4e}")
+    }
+}

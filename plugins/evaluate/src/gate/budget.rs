@@ -7,8 +7,9 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::json;
 
-use crate::gate::named::{Named, short};
+use crate::gate::named::Named;
 use crate::gate::side::Side;
+use crate::short;
 
 /// A limit on the size of an artifact or on a metric.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

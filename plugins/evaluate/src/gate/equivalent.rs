@@ -10,8 +10,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::gate::named::{Named, short};
+use crate::gate::named::Named;
 use crate::gate::side::{Side, batches, text_at};
+use crate::short;
 
 /// Rows listed in the verdict.
 const LISTED: usize = 20;

@@ -48,16 +48,3 @@ impl Named {
         Self { pointer, rule, ..self }
     }
 }
-
-/// A number with as many digits as people compare by.
-pub(crate) fn short(x: f64) -> String {
-    let size = x.abs();
-    if x == x.trunc() && size < 1e15 {
-        format!("{x}")
-    } else if (1e-3..1e6).contains(&size) {
-        let decimals = (4 - size.log10().floor() as i32).clamp(0, 7) as usize;
-        format!("{x:.decimals$}")
-    } else {
-        format!("{x:.4e}")
-    }
-}

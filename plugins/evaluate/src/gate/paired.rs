@@ -10,9 +10,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::gate::named::{Named, Outcome, short};
+use crate::gate::named::{Named, Outcome};
 use crate::gate::side::{Row, Side, pair};
 use crate::metric::{Sample, Statistic};
+use crate::short;
 use crate::stats::{bootstrap, mcnemar, normal};
 
 /// Replicates of the paired bootstrap.
@@ -207,11 +208,11 @@ fn weigh(
         (holds, high < threshold || (question.claim == Claim::Improves && high <= threshold))
     };
     let bounds = format!(
-        "Δ {} [{}, {}] at {:.4} %",
+        "Δ {} [{}, {}] at {} %",
         signed(found.difference),
         signed(lower),
         signed(upper),
-        100.0 * confidence
+        (1e4 * confidence).round() / 100.0
     );
     let mut headline = if shown.is_empty() { bounds } else { format!("{bounds}; {shown}") };
     let z = normal::quantile(confidence) + normal::quantile(POWER);

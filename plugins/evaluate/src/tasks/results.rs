@@ -252,8 +252,8 @@ pub(crate) fn table(tasks: &[TaskFile], models: &[&str], judged: &[Vec<Judged>])
                     task.identifier(),
                     format!("{} {arrow}", measured.flat()),
                     (*name).to_owned(),
-                    format!("{:.4}", measured.value),
-                    measured.stderr.map_or("–".to_owned(), |e| format!("{e:.4}")),
+                    crate::short(measured.value),
+                    measured.stderr.map_or("–".to_owned(), crate::short),
                     measured.samples.len().to_string(),
                 ]);
             }
@@ -276,8 +276,8 @@ pub(crate) fn headlines(
                 "metrics" => format!("{}.{}", task.identifier(), m.flat()),
                 model => format!("{model} {}.{}", task.identifier(), m.flat()),
             };
-            let error = m.stderr.map_or(String::new(), |e| format!(" ± {e:.3}"));
-            out.push((name, format!("{:.3}{error}", m.value)));
+            let error = m.stderr.map_or(String::new(), |e| format!(" ± {}", crate::short(e)));
+            out.push((name, format!("{}{error}", crate::short(m.value))));
         }
     }
     out

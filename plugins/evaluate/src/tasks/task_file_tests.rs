@@ -33,7 +33,7 @@ fn a_simple_file_of_the_harness_is_understood() {
     assert_eq!(task.output_type, OutputType::MultipleChoice);
     assert_eq!(task.data_files["test"], ["faq.jsonl"]);
     assert_eq!(task.metrics[0].metric, Metric::Acc);
-    assert_eq!(task.place("/metric_list/0/aggregation"), "faq.yaml:10:32");
+    assert_eq!(task.place("/metric_list/0/aggregation"), "faq.yaml:10:33");
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn every_mistake_has_its_place() {
             "task: faq\ngeneration_kwargs: {}",
             "faq.yaml:2:20: `generation_kwargs` needs",
         ),
-        ("{{q}}\"", "{{q}}\"\nuse_prompt: !function u.f", "faq.yaml:7:13:"),
+        ("{{q}}\"", "{{q}}\"\nuse_prompt: !function u.f", "faq.yaml:7:23: the tag `!function`"),
     ] {
         let found = read(&GOOD.replacen(from, to, 1)).unwrap_err();
         assert!(found.iter().any(|p| p.starts_with(expected)), "{to}: {found:?}");
