@@ -146,6 +146,30 @@ fn a_gate_of_paired_rules_passes_is_explained_and_accepted() {
 }
 
 #[test]
+fn perplexities_of_tokens_are_compared_by_document() {
+    let project = Project::new();
+    project.edit(
+        "pipeline.yaml",
+        "      require: [ \"candidate.perplexity < baseline.perplexity\" ]",
+        "      improves: [ { metric: perplexity } ]\n      not_worse: [ { metric: loss, margin: 0.01 } ]",
+    );
+    project.expect(0, &["run", "pipeline.yaml"]);
+    let json = verdict(&project);
+    let details = &json["rules"][0]["details"];
+    assert_eq!(details["test"], "paired_bootstrap", "{json:#}");
+    assert_eq!(details["higher_is_better"], false);
+    assert!(details["interval"][1].as_f64().unwrap() < 0.0, "{json:#}");
+    // Rows that differ are no pairs.
+    project.edit(
+        "pipeline.yaml",
+        "adapter: train.adapter, eval: eval_tokens }",
+        "adapter: train.adapter, eval: eval_tokens }\n    with: { limit: 7 }",
+    );
+    let ran = project.expect(1, &["run", "pipeline.yaml"]);
+    assert!(ran.stderr.contains("cannot be compared on `perplexity`"), "{}", ran.stderr);
+}
+
+#[test]
 fn too_few_samples_block_or_warn_as_the_pipeline_says_and_ci_sees_it() {
     let project = project();
     project.edit("pipeline.yaml", "max_length: 100", "max_length: 100, limit: 4");

@@ -56,10 +56,11 @@ pub fn accepted_entry(reference: &str, artifact: &Artifact) -> Result<Value> {
     let side = Side::open(reference, artifact)?;
     let text = fs_err::read_to_string(artifact.file("metrics.json")?)?;
     let metrics: Value = serde_json::from_str(&text).context("`metrics.json`")?;
-    let mut samples = Map::new();
+    // Metrics of the same rows share the list of their digests.
+    let mut samples: Vec<(Vec<String>, Map<String, Value>)> = Vec::new();
     for metric in side.metrics() {
         let rows = side.rows(&metric)?;
-        let keys: Vec<&str> = rows.iter().map(|r| &r.key[..r.key.len().min(KEY)]).collect();
+        let keys: Vec<String> = rows.iter().map(|r| r.key.chars().take(KEY).collect()).collect();
         let values: Vec<Value> = rows
             .iter()
             .map(|row| match row.sample.as_slice() {
@@ -67,8 +68,16 @@ pub fn accepted_entry(reference: &str, artifact: &Artifact) -> Result<Value> {
                 many => many.iter().map(|x| compact(*x)).collect(),
             })
             .collect();
-        samples.insert(metric, json!({ "rows": keys, "values": values }));
+        let at = samples.iter().position(|(rows, _)| *rows == keys).unwrap_or_else(|| {
+            samples.push((keys, Map::new()));
+            samples.len() - 1
+        });
+        samples[at].1.insert(metric, Value::Array(values));
     }
+    let samples: Vec<Value> = samples
+        .into_iter()
+        .map(|(rows, values)| json!({ "rows": rows, "values": values }))
+        .collect();
     Ok(json!({ "digest": artifact.digest, "metrics": metrics, "samples": samples }))
 }
 
@@ -93,8 +102,16 @@ pub fn accepted_file(facts: &Value, entries: &Map<String, Value>) -> String {
     out
 }
 
-/// Objects over lines, everything else on one.
+/// Objects, and lists of them, over lines; everything else on one.
 fn lines(value: &Value, depth: usize, out: &mut String) {
+    if let Some(items) = value.as_array().filter(|a| a.iter().any(Value::is_object)) {
+        out.push('[');
+        for (i, item) in items.iter().enumerate() {
+            lines(item, depth, out);
+            out.push_str(if i + 1 < items.len() { ", " } else { "]" });
+        }
+        return;
+    }
     let Some(map) = value.as_object().filter(|m| !m.is_empty()) else {
         out.push_str(&value.to_string());
         return;

@@ -28,8 +28,8 @@ pub(crate) struct Side {
 enum Rows {
     None,
     Parquet(std::path::PathBuf),
-    /// Of an accepted baseline: by metric, keys and samples.
-    Kept(Map<String, Value>),
+    /// Of an accepted baseline: groups of metrics with the digests of their rows.
+    Kept(Vec<Value>),
 }
 
 /// What a metric is, for a test.
@@ -65,7 +65,7 @@ impl Side {
     /// A side of an accepted baseline, see [`crate::gate::accepted`].
     pub(crate) fn accepted(name: &str, entry: &Map<String, Value>) -> Self {
         let metrics = entry.get("metrics").and_then(Value::as_object).cloned().unwrap_or_default();
-        let kept = entry.get("samples").and_then(Value::as_object).cloned().unwrap_or_default();
+        let kept = entry.get("samples").and_then(Value::as_array).cloned().unwrap_or_default();
         Self::new(name, &metrics, Rows::Kept(kept))
     }
 
@@ -203,10 +203,9 @@ fn read_rows(path: &Path, info: &MetricInfo) -> Result<Vec<Row>> {
     Ok(out)
 }
 
-fn kept_rows(kept: &Map<String, Value>, metric: &str) -> Option<Vec<Row>> {
-    let entry = kept.get(metric)?;
-    let keys = entry["rows"].as_array()?;
-    let samples = entry["values"].as_array()?;
+fn kept_rows(kept: &[Value], metric: &str) -> Option<Vec<Row>> {
+    let group = kept.iter().find(|group| group["values"][metric].is_array())?;
+    let (keys, samples) = (group["rows"].as_array()?, group["values"][metric].as_array()?);
     let row = |(key, sample): (&Value, &Value)| {
         let key = key.as_str()?.to_owned();
         let sample: Option<Sample> = match sample {
