@@ -291,17 +291,12 @@ fn verdict_tables(verdict: &Verdict<'_>) -> Vec<String> {
     }
     for (rule, (before, after, higher_is_better)) in compared {
         let details = &rule.json["details"];
-        let arrow = match after - before {
-            d if d == 0.0 => "＝",
-            d if (d > 0.0) == higher_is_better => {
-                if d > 0.0 {
-                    "🟢 ▲"
-                } else {
-                    "🟢 ▼"
-                }
-            }
-            d if d > 0.0 => "🔴 ▲",
-            _ => "🔴 ▼",
+        let arrow = match (after > before, higher_is_better) {
+            _ if after == before => "＝",
+            (true, true) => "🟢 ▲",
+            (false, false) => "🟢 ▼",
+            (true, false) => "🔴 ▲",
+            (false, true) => "🔴 ▼",
         };
         let bound =
             |i: usize| details["interval"][i].as_f64().map_or("?".into(), |x| format!("{x:+.4}"));

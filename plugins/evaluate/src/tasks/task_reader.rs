@@ -424,9 +424,7 @@ impl Reader<'_> {
                 _ => reader::wrong(node, "`samples`", "a list of mappings", self.problems),
             }
         }
-        for (key, field) in [("doc_to_text", &mut out.doc_to_text)] {
-            *field = config.get(key).and_then(Node::as_str).map(str::to_owned);
-        }
+        out.doc_to_text = config.get("doc_to_text").and_then(Node::as_str).map(str::to_owned);
         for (key, field) in [
             ("fewshot_delimiter", &mut out.delimiter),
             ("target_delimiter", &mut out.target_delimiter),
