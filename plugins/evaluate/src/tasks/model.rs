@@ -181,7 +181,9 @@ impl Judge<'_> {
             // One-token continuations cost nothing more; each other one costs a pass over the weights,
             // about as much as some tokens of a batch.
             let passes = members.iter().filter(|i| scored[**i].continuation.len() > 1).count();
-            if passes < 2 || context.len() * (passes - 1) < PASS_TOKENS * passes {
+            // What is saved must also outweigh that continuations then go one by one.
+            let tokens: usize = members.iter().map(|i| scored[*i].continuation.len()).sum();
+            if passes < 2 || context.len() * (passes - 1) < PASS_TOKENS * passes + tokens {
                 continue;
             }
             let continuations: Vec<&[u32]> =
