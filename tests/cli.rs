@@ -43,13 +43,19 @@ fn ci_leaves_a_junit_report_and_a_summary() {
     command.env("GITHUB_STEP_SUMMARY", project.path("summary.md"));
     assert_eq!(command.output().unwrap().status.code(), Some(3));
     let xml = std::fs::read_to_string(project.path("lora-flow-junit.xml")).unwrap();
-    assert_eq!(xml.matches("<testcase ").count(), 10, "{xml}");
+    // Ten tasks and the rule of the gate.
+    assert_eq!(xml.matches("<testcase ").count(), 11, "{xml}");
+    assert!(
+        xml.contains("<testsuite name=\"tiny.gate\"") && xml.contains("type=\"fail\""),
+        "{xml}"
+    );
     assert!(xml.contains("type=\"denied\"") && xml.contains("0.01 * baseline.perplexity"), "{xml}");
     assert!(xml.contains("<skipped message="), "{xml}");
     let summary = std::fs::read_to_string(project.path("summary.md")).unwrap();
     assert!(summary.starts_with("before\n## tiny: ⛔ a gate said no"), "{summary}");
     assert!(summary.contains("| merged | merge | skipped |"), "{summary}");
-    assert!(summary.contains("### gate\n\n```text\n"), "{summary}");
+    assert!(summary.contains("### gate: ⛔ says no\n\n| | rule | found |\n"), "{summary}");
+    assert!(summary.contains("| ❌ | candidate.perplexity &lt; 0.01"), "{summary}");
     project.expect(3, &["run", "pipeline.yaml", "--ci", "--junit", "reports/run.xml"]);
     assert!(project.path("reports/run.xml").is_file());
     project.expect(2, &["run", "pipeline.yaml", "--junit", "run.xml"]);

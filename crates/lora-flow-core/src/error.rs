@@ -4,6 +4,8 @@
 //! apart so that the binary can render it on its own line.
 
 use std::fmt;
+use std::ops::Range;
+use std::path::PathBuf;
 
 /// Result with the project's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -153,6 +155,19 @@ impl Problem {
         self.hint = Some(hint.into());
         self
     }
+}
+
+/// A problem inside an outside file, found before anything runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileProblem {
+    /// The file.
+    pub path: PathBuf,
+    /// The bytes that are wrong; none for the file as a whole.
+    pub bytes: Option<Range<usize>>,
+    /// What is wrong: lower case, no final period.
+    pub message: String,
+    /// What to do.
+    pub hint: Option<String>,
 }
 
 /// The candidate that `name` most likely meant, for "did you mean" hints: at most a third of its

@@ -9,6 +9,7 @@ mod context;
 mod digest;
 mod error;
 mod event;
+mod size;
 mod task;
 
 pub use artifact::{Artifact, ArtifactFile, ArtifactKind, OutputDir};
@@ -16,6 +17,7 @@ pub use context::{
     CancelToken, DeviceSpec, Finished, NamedArtifact, TaskContext, TaskContextParts,
 };
 pub use digest::{Digest, canonical_json};
-pub use error::{Error, ErrorKind, Problem, Result, ResultExt, nearest};
+pub use error::{Error, ErrorKind, FileProblem, Problem, Result, ResultExt, nearest};
 pub use event::{Event, LogLevel, Progress, Reporter};
+pub use size::parse_size;
 pub use task::{FileRef, Port, Ports, Task, TaskKind, kind};

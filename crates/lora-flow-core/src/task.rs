@@ -1,13 +1,15 @@
 //! The trait where engine and task kinds meet.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::path::PathBuf;
 
 use schemars::{JsonSchema, Schema};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{ArtifactKind, Error, Problem, Result, TaskContext};
+use crate::{ArtifactKind, Error, FileProblem, Problem, Result, TaskContext};
 
 /// A named, typed input or output.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +69,11 @@ impl Ports {
         self.push(name, &[kind], false, false, doc)
     }
 
+    /// Adds a port that takes one artifact of one of these kinds.
+    pub fn one_of(self, name: &str, kinds: &[ArtifactKind], required: bool, doc: &str) -> Self {
+        self.push(name, kinds, required, false, doc)
+    }
+
     /// Adds a port that takes any number of artifacts, at least one if `required`.
     pub fn many(self, name: &str, kinds: &[ArtifactKind], required: bool, doc: &str) -> Self {
         self.push(name, kinds, required, true, doc)
@@ -112,6 +119,13 @@ pub trait Task: Debug + Send + Sync {
 
     /// Problems of the parameters that their types cannot express. Pure: no I/O.
     fn validate(&self) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    /// Problems inside outside files, which by then are there: what a task can say of a file's
+    /// content before anything runs. `files` are those of [`Task::files`] by JSON pointer.
+    fn check_files(&self, files: &BTreeMap<String, Vec<PathBuf>>) -> Vec<FileProblem> {
+        let _ = files;
         Vec::new()
     }
 

@@ -9,16 +9,13 @@ use std::ops::Range;
 
 use lora_flow_core::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::ValueKind;
 use minijinja::{Environment, ErrorKind, Value};
 
 use crate::assistant_spans;
-use crate::python_text::{python_str, tojson};
+use crate::jinja;
 
 /// Name of the template in errors.
 const NAME: &str = "chat template";
-/// Steps one rendering may take, so that a template cannot run for ever.
-const FUEL: u64 = 200_000_000;
 
 /// A compiled chat template.
 pub struct ChatTemplate {
@@ -51,42 +48,14 @@ impl ChatTemplate {
         variables: &BTreeMap<String, serde_json::Value>,
         date: Option<&str>,
     ) -> Result<Self> {
-        let mut environment = Environment::new();
+        let mut environment = jinja::environment();
         let syntax = SyntaxConfig::builder()
             .trim_blocks(true)
             .lstrip_blocks(true)
             .build()
             .map_err(|e| Error::new("template syntax").with_source(e))?;
         environment.set_syntax(syntax);
-        environment.set_fuel(Some(FUEL));
-        environment.set_debug(false);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_formatter(|out, _, value| {
-            match value.as_str() {
-                Some(text) => out.write_str(text)?,
-                None => out.write_str(&python_str(value)?)?,
-            }
-            Ok(())
-        });
-        // Jinja2 can iterate over strings and undefined values but not over `none`, and calls
-        // everything with a length and items a sequence.
-        environment.add_test("iterable", |value: &Value| {
-            !matches!(value.kind(), ValueKind::None | ValueKind::Bool | ValueKind::Number)
-        });
-        environment.add_test("sequence", |value: &Value| {
-            use ValueKind::{Map, Seq, String, Undefined};
-            matches!(value.kind(), Seq | String | Map | Undefined)
-        });
-        environment.add_filter("tojson", tojson);
-        environment.add_filter("string", |value: Value| python_str(&value));
         environment.add_filter(assistant_spans::FILTER, assistant_spans::mark);
-        environment.add_function(
-            "raise_exception",
-            |message: String| -> std::result::Result<Value, minijinja::Error> {
-                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-            },
-        );
         let date = date.map(parse_date).transpose()?;
         environment.add_function("strftime_now", move |format: &str| {
             let Some(date) = date else {
@@ -106,7 +75,7 @@ impl ChatTemplate {
         let globals = tokens
             .iter()
             .map(|(name, text)| (name.clone(), Value::from(text.as_str())))
-            .chain(variables.iter().map(|(name, value)| (name.clone(), from_json(value))))
+            .chain(variables.iter().map(|(name, value)| (name.clone(), jinja::from_json(value))))
             .collect();
         Ok(Self { environment, globals, marks_assistant })
     }
@@ -221,25 +190,6 @@ impl ChatTemplate {
     }
 }
 
-/// A JSON value as templates see it.
-fn from_json(value: &serde_json::Value) -> Value {
-    use serde_json::Value as Json;
-    match value {
-        Json::Null => Value::from(()),
-        Json::Bool(flag) => Value::from(*flag),
-        Json::Number(n) => n
-            .as_i64()
-            .map(Value::from)
-            .or_else(|| n.as_u64().map(Value::from))
-            .unwrap_or_else(|| Value::from(n.as_f64().unwrap_or(f64::NAN))),
-        Json::String(text) => Value::from(text.as_str()),
-        Json::Array(items) => items.iter().map(from_json).collect(),
-        Json::Object(map) => {
-            Value::from_pairs(map.iter().map(|(key, value)| (key.as_str(), from_json(value))))
-        }
-    }
-}
-
 const NO_DATE: &str = "the template asks for today's date";
 
 fn parse_date(date: &str) -> Result<jiff::civil::Date> {
@@ -251,14 +201,7 @@ fn parse_date(date: &str) -> Result<jiff::civil::Date> {
 }
 
 fn template_error(e: &minijinja::Error) -> Error {
-    // The innermost error is the one that the template's author needs.
-    let mut inner = e;
-    while let Some(cause) =
-        std::error::Error::source(inner).and_then(|s| s.downcast_ref::<minijinja::Error>())
-    {
-        inner = cause;
-    }
-    let what = inner.detail().map_or_else(|| inner.kind().to_string(), str::to_owned);
+    let what = jinja::what(e);
     let line = e.line().map_or_else(String::new, |line| format!(" line {line}"));
     let error = Error::new(format!("chat template{line}: {what}"));
     if what == NO_DATE {

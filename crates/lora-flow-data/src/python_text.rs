@@ -8,7 +8,10 @@ use minijinja::{Error, ErrorKind, Value};
 const MAX_DEPTH: usize = 100;
 
 /// `str(value)`.
-pub(crate) fn python_str(value: &Value) -> Result<String, Error> {
+///
+/// # Errors
+/// For values nested too deep, and iterators that fail.
+pub fn python_str(value: &Value) -> Result<String, Error> {
     if let Some(text) = value.as_str() {
         return Ok(text.to_owned());
     }

@@ -346,7 +346,7 @@ impl Decoder {
     }
 
     /// The residual stream after the last layer, [N, H].
-    fn hidden(&self, batch: &Batch, map: &AdapterMap<'_>) -> Result<Tensor> {
+    pub(crate) fn hidden(&self, batch: &Batch, map: &AdapterMap<'_>) -> Result<Tensor> {
         batch.check(self.config.vocab_size)?;
         let positions = batch.positions();
         let rope = self.rope(batch.longest());
@@ -396,7 +396,7 @@ impl Decoder {
     }
 
     /// Logits of rows of the residual stream, f32.
-    fn head_logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+    pub(crate) fn head_logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let (h, _) = rms_norm::forward(x, &self.norm, self.dims.eps)?;
         linear::matmul_nt(&h, &self.head)?.to_dtype(DType::F32)
     }
@@ -410,6 +410,25 @@ impl Decoder {
         adapters: &[LayerAdapter<'_>],
         caches: &mut [KvCache],
     ) -> Result<Vec<f32>> {
+        let x = self.cached_hidden(ids, past, adapters, caches)?;
+        let run = || {
+            let last = x.narrow(0, ids.len() - 1, 1)?.contiguous()?;
+            self.head_logits(&last)?.flatten_all()?.to_vec1::<f32>()
+        };
+        run().map_err(|e: candle_core::Error| {
+            Error::new("cannot run the model forward").with_source(e)
+        })
+    }
+
+    /// The residual stream [M, H] after the last layer of some new tokens of one document, whose
+    /// earlier tokens stand in `caches` (one per layer).
+    pub(crate) fn cached_hidden(
+        &self,
+        ids: &[u32],
+        past: usize,
+        adapters: &[LayerAdapter<'_>],
+        caches: &mut [KvCache],
+    ) -> Result<Tensor> {
         if let Some(id) = ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
             return Err(Error::new(format!(
                 "token id {id} is outside the model's vocabulary of {}",
@@ -425,8 +444,7 @@ impl Decoder {
             for ((layer, adapter), cache) in self.layers.iter().zip(adapters).zip(&mut *caches) {
                 x = layer.forward_cached(&x, &pass, adapter, cache)?;
             }
-            let last = x.narrow(0, ids.len() - 1, 1)?.contiguous()?;
-            self.head_logits(&last)?.flatten_all()?.to_vec1::<f32>()
+            Ok(x)
         };
         run().map_err(|e: candle_core::Error| {
             Error::new("cannot run the model forward").with_source(e)

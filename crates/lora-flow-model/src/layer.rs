@@ -463,6 +463,11 @@ impl KvCache {
         Self { k: None, v: None, len: 0 }
     }
 
+    /// Forgets all but the first `len` tokens; what comes next is written over the others.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
     /// Adds keys and values [M, kv_heads, D].
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         let added = k.dim(0)?;

@@ -20,6 +20,7 @@ pub mod lora_match;
 pub mod merge;
 pub mod peft;
 pub mod safetensors_file;
+pub mod score;
 pub mod weights;
 
 #[cfg(test)]

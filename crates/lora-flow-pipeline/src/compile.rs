@@ -80,6 +80,7 @@ pub fn compile_source(
     let wanted = select(&members, &wires, options, &mut elsewhere);
     let forced = forced(&members, &wires, &wanted, &options.from, &mut elsewhere);
     let resolved = resolve_files(&members, &wanted, &root, &mut problems);
+    elsewhere.extend(shown_as(check_files(&members, &resolved), &root, &source.path));
     let published = publish::resolve(&members, &root, &mut problems);
 
     problems.found.iter_mut().for_each(|p| sources.localise(p));
@@ -333,6 +334,22 @@ fn resolve_files(
         all
     };
     members.iter().zip(wanted).map(resolve).collect()
+}
+
+/// What the tasks say of the content of their files; each problem once, however many tasks have it.
+fn check_files(members: &[Member], resolved: &[Vec<ResolvedFiles>]) -> Diagnostics {
+    let mut all = Diagnostics::default();
+    for (member, files) in members.iter().zip(resolved) {
+        let Some(configured) = &member.configured else { continue };
+        let files = files.iter().map(|f| (f.pointer.clone(), f.paths.clone())).collect();
+        for problem in configured.task.check_files(&files) {
+            let source = SourceFile::read(&problem.path).unwrap_or_else(|d| d.source.clone());
+            let span = problem.bytes.map(|b| Span::new(b.start, b.end));
+            let found = Diagnostic::new(&source, span, problem.message);
+            all.push(found.with_hint_opt(problem.hint));
+        }
+    }
+    all
 }
 
 fn unused_params(

@@ -3,7 +3,7 @@
 //! A file goes through these steps, each of which reports everything it finds wrong before the
 //! next one starts from what is sound:
 //!
-//! 1. `yaml`, `include`: text → a tree in which every key and value has its place.
+//! 1. `lora_flow_yaml`, `include`: text → a tree in which every key and value has its place.
 //! 2. `spec`: tree → the pipeline as written, its keys and their types.
 //! 3. `expr`, `matrix`: expressions replaced, tasks fanned out into members.
 //! 4. `params`, `kinds`, `fits`, `explain`: each member's parameters checked, the task made.
@@ -26,23 +26,20 @@ mod params;
 mod plan;
 mod plugin_manifest;
 mod publish;
-mod reader;
 mod reference;
-mod scalar;
 mod schema;
-mod source;
 mod spec;
 mod wiring;
-mod yaml;
 
 pub use compile::{compile, compile_source};
 pub use graph::{GraphFormat, graph, run_svg};
 pub use kinds::{KindInfo, builtin_kinds, plugin_kinds};
+pub use lora_flow_yaml::source::{Diagnostic, Diagnostics, SourceFile, Sources, Span};
+use lora_flow_yaml::{reader, source, yaml};
 pub use plan::{CompileOptions, InputEdge, Plan, PlannedTask, ResolvedFiles, Resources};
 pub use plugin_manifest::{MANIFEST, PROTOCOL, PluginKind, PluginManifest, ReadPath};
 pub use reference::{kind_reference, reference_page};
 pub use schema::pipeline_schema;
-pub use source::{Diagnostic, Diagnostics, SourceFile, Span};
 
 // The run: store, keys, scheduler, records, plugin processes.
 mod external;

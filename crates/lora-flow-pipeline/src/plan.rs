@@ -50,8 +50,17 @@ pub struct Plan {
     pub warnings: Vec<Diagnostic>,
     /// The declared environment variables: name, digest of the value if it is set, place.
     pub(crate) env: Vec<(String, Option<Digest>, Span)>,
-    /// The files that the places are in.
-    pub(crate) sources: Sources,
+    /// The files behind [`Plan::source`].
+    pub sources: Sources,
+}
+
+impl Plan {
+    /// File, line and column of a place in [`Plan::source`].
+    pub fn place(&self, span: Span) -> (PathBuf, usize, usize) {
+        let (source, span) = self.sources.local(span);
+        let (line, column) = source.line_column(span.start);
+        (source.path.clone(), line, column)
+    }
 }
 
 /// One task of a plan.

@@ -150,6 +150,23 @@ pub enum Command {
         #[arg(long, short, default_value = "lora-flow-report.html")]
         output: PathBuf,
     },
+    /// Say why a gate said what it said
+    Gate {
+        #[command(subcommand)]
+        command: GateCommand,
+    },
+    /// Record a run's results in a small file for git, to hold later runs against
+    Accept {
+        /// Run id, a unique beginning of one, or `latest`
+        #[arg(default_value = "latest")]
+        run: String,
+        /// The file [default: `baselines/PIPELINE.json`]
+        #[arg(long, value_name = "FILE")]
+        file: Option<PathBuf>,
+        /// Accept a run whose gate said no
+        #[arg(long)]
+        denied: bool,
+    },
     /// Print the lineage of a run as JSON: who made what, from which inputs
     Export {
         /// Run id, a unique beginning of one, or `latest`
@@ -281,6 +298,22 @@ pub enum GraphFormat {
     Dot,
     /// A picture, coloured by what a run would do
     Svg,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum GateCommand {
+    /// Every rule with the numbers, intervals, tests and rows that decided
+    Explain {
+        /// Run id, a unique beginning of one, or `latest`
+        #[arg(default_value = "latest")]
+        run: String,
+        /// Only this gate
+        #[arg(long, value_name = "TASK")]
+        gate: Option<String>,
+        /// Print the verdicts as JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

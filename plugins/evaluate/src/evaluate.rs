@@ -117,6 +117,8 @@ impl Task for Evaluate {
                 "tokens": tokens.digest,
                 "model": model.digest,
                 "adapter": adapter.as_ref().map(|a| a.digest),
+                "tokenizer": set.info.tokenizer_digest,
+                "metrics": paired_metrics(),
             }),
         );
         out.write_json("metrics.json", &document)?;
@@ -168,6 +170,19 @@ impl Evaluate {
     }
 }
 
+/// What a gate's paired tests have to know of the metrics that each document adds to.
+fn paired_metrics() -> Value {
+    let of = |statistic: &str| {
+        let columns = ["loglikelihood", "tokens"];
+        json!({ "statistic": statistic, "higher_is_better": false, "columns": columns })
+    };
+    json!({
+        "perplexity": of("weighted_perplexity"),
+        "loss": of("weighted_loss"),
+        "bits_per_token": of("bits_per_byte"),
+    })
+}
+
 /// Whether the scored tokens are those of all the text that `tokens.json` counts, but for the first
 /// of each document, which nothing predicts. Otherwise a loss per byte would be too low.
 fn covers_all_text(set: &TokenSet, scored: usize, rows: usize) -> bool {
@@ -194,12 +209,14 @@ fn write_samples(path: &std::path::Path, set: &TokenSet, losses: &[DocumentLoss]
     let digests: StringArray =
         losses.iter().map(|l| Some(document_digest(set, l).to_string())).collect();
     let nll: Float64Array = losses.iter().map(|l| Some(l.nll)).collect();
+    let ll: Float64Array = losses.iter().map(|l| Some(-l.nll)).collect();
     let batch = RecordBatch::try_from_iter([
         ("row", number(|l| l.row)),
         ("doc", number(|l| l.doc)),
         ("digest", Arc::new(digests) as ArrayRef),
         ("tokens", number(|l| l.tokens)),
         ("nll", Arc::new(nll) as ArrayRef),
+        ("loglikelihood", Arc::new(ll) as ArrayRef),
     ])
     .context("cannot make `samples.parquet`")?;
     let file = fs_err::File::create(path)?;

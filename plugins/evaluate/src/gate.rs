@@ -1,56 +1,119 @@
 //! `gate`: a verdict on metrics.
 //!
-//! Each rule of `require` must be true; if one is not, what depends on the gate does not run and
-//! the run exits with 3. Rules of `warn` are shown alike but stop nothing. A rule never passes on a
-//! metric that is missing, not a finite number, or counted over no tokens, and metrics of different
-//! data are not compared unless that is allowed.
+//! Rules are expressions over metrics (`require`, `warn`) and named rules on top: paired tests of two
+//! evaluations, budgets, contamination, parity of a merge. If one that must hold does not, what
+//! depends on the gate does not run and the run exits with 3. A rule never passes on a metric that is
+//! missing, not a finite number, or counted over nothing, and results that are not comparable are
+//! refused with the reason.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 
 use lora_flow_core::{
-    ArtifactKind, Error, NamedArtifact, Ports, Problem, Result, ResultExt, Task, TaskContext,
+    ArtifactKind, Error, FileRef, NamedArtifact, Ports, Problem, Result, ResultExt, Task,
+    TaskContext, nearest,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::rule::{self, Finding, Metrics};
+pub(crate) mod accepted;
+mod budget;
+mod contamination;
+mod equivalent;
+mod named;
+mod paired;
+mod side;
 
-/// Parameters of `gate`.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+use crate::gate::accepted::{MaxRegression, accepted_name};
+use crate::gate::budget::Budget;
+use crate::gate::contamination::NoContamination;
+use crate::gate::equivalent::MergeEquivalent;
+use crate::gate::named::{Named, Outcome};
+use crate::gate::paired::{Claim, Comparison, Question};
+use crate::gate::side::Side;
+use crate::rule::{self, Finding, Metrics};
+use crate::short;
+
+/// Parameters of `gate`. Every rule given must hold.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Gate {
     /// Rules that must hold: expressions over `input.metric` that are true or false, such as
     /// `candidate.perplexity < 0.97 * baseline.perplexity`.
+    #[serde(default)]
     pub require: Vec<String>,
     /// Rules that are reported when they do not hold, and stop nothing.
     #[serde(default)]
     pub warn: Vec<String>,
-    /// Let a rule compare metrics that were measured on different data.
+    /// The candidate is better than the baseline by more than the margin, by a paired test.
+    #[serde(default)]
+    pub improves: Vec<Comparison>,
+    /// The candidate is worse than the baseline by less than the margin, by a paired test.
+    #[serde(default)]
+    pub not_worse: Vec<Comparison>,
+    /// The same, of a general set: training on one thing has not cost another.
+    #[serde(default)]
+    pub no_forgetting: Vec<Comparison>,
+    /// The candidate is worse than the accepted run by less than the margin, by a paired test.
+    #[serde(default)]
+    pub max_regression: Vec<MaxRegression>,
+    /// File of the accepted run for `max_regression`, written by `lora-flow accept`.
+    #[serde(default)]
+    pub accepted: Option<String>,
+    /// Limits on sizes, memory and speed.
+    #[serde(default)]
+    pub budget: Vec<Budget>,
+    /// No evaluation row was seen in training.
+    #[serde(default)]
+    pub no_contamination: Vec<NoContamination>,
+    /// The merged model answers as base and adapter do.
+    #[serde(default)]
+    pub merge_equivalent: Vec<MergeEquivalent>,
+    /// What a rule does that has too few samples to tell.
+    #[serde(default)]
+    pub inconclusive: Inconclusive,
+    /// Let an expression compare metrics that were measured on different data.
     #[serde(default)]
     pub allow_different_data: bool,
 }
 
+/// What too few samples lead to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Inconclusive {
+    /// The gate says no.
+    #[default]
+    Block,
+    /// A warning, and the gate goes by the other rules.
+    Warn,
+}
+
 impl Task for Gate {
     fn inputs(&self) -> Ports {
-        Ports::none().any_name(&[ArtifactKind::Metrics])
+        use ArtifactKind::{Adapter, Dataset, Files, Metrics, Model};
+        Ports::none().any_name(&[Metrics, Adapter, Model, Dataset, Files])
     }
 
     fn outputs(&self) -> Ports {
         Ports::none().required(
             "verdict",
             ArtifactKind::Verdict,
-            "`verdict.json`: each rule with every number it read",
+            "`verdict.json`: each rule with every number, interval, test and row that decided",
         )
+    }
+
+    fn files(&self) -> Vec<FileRef> {
+        let file = self.accepted.iter();
+        file.map(|f| FileRef { pointer: "/accepted".into(), pattern: f.clone() }).collect()
     }
 
     fn validate(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
-        if self.require.is_empty() {
+        if self.require.is_empty() && self.named() == 0 {
+            let field = if self.warn.is_empty() { "" } else { "/warn" };
             problems.push(
-                Problem::at("/require", "`require` is empty, so the gate checks nothing")
-                    .with_hint("add a rule, such as `candidate.perplexity < baseline.perplexity`"),
+                Problem::at(field, "the gate has no rule that must hold, so it checks nothing")
+                    .with_hint("add one, such as `require: [ \"candidate.perplexity < baseline.perplexity\" ]`"),
             );
         }
         for (field, rules) in [("require", &self.require), ("warn", &self.warn)] {
@@ -60,19 +123,56 @@ impl Task for Gate {
                 }
             }
         }
+        for (field, rules) in self.comparisons() {
+            for (i, rule) in rules.iter().enumerate() {
+                problems.extend(paired::check(
+                    &format!("/{field}/{i}"),
+                    rule.margin,
+                    rule.confidence,
+                ));
+            }
+        }
+        let each = |field: &str, i: usize| format!("/{field}/{i}");
+        problems.extend(indexed(&self.max_regression, |i, r| r.check(&each("max_regression", i))));
+        problems.extend(indexed(&self.budget, |i, r| r.check(&each("budget", i))));
+        problems
+            .extend(indexed(&self.no_contamination, |i, r| r.check(&each("no_contamination", i))));
+        problems
+            .extend(indexed(&self.merge_equivalent, |i, r| r.check(&each("merge_equivalent", i))));
+        if !self.max_regression.is_empty() && self.accepted.is_none() {
+            problems.push(
+                Problem::at(
+                    "/max_regression",
+                    "`max_regression` needs `accepted`, the file to compare with",
+                )
+                .with_hint("`lora-flow accept RUN --file baselines/NAME.json` writes it"),
+            );
+        }
         problems
     }
 
     fn run(&self, cx: &mut TaskContext) -> Result<()> {
-        let mut inputs = BTreeMap::new();
+        let (mut inputs, mut sides) = (BTreeMap::new(), BTreeMap::new());
         let mut sources = serde_json::Map::new();
         for (name, artifacts) in cx.inputs() {
-            let (metrics, source) =
-                read(name, artifacts).with_context(|| format!("input `{name}`"))?;
-            inputs.insert(name.clone(), metrics);
+            let artifact = single(name, artifacts)?;
+            let mut source = json!({
+                "digest": artifact.artifact.digest,
+                "kind": artifact.artifact.kind,
+                "reference": artifact.reference,
+            });
+            if artifact.artifact.kind == ArtifactKind::Metrics {
+                let side = Side::open(name, &artifact.artifact);
+                let side = side.with_context(|| format!("input `{name}`"))?;
+                source["data"] = json!(side.data());
+                source["metrics"] = json!(side.values);
+                let data = side.data().map(str::to_owned);
+                inputs.insert(name.clone(), Metrics { values: side.values.clone(), data });
+                sides.insert(name.clone(), side);
+            }
             sources.insert(name.clone(), source);
         }
-        if inputs.is_empty() {
+        if sources.is_empty() {
             return Err(Error::new("the gate has no inputs")
                 .with_hint("name them as its rules do: `inputs: { candidate: scores }`"));
         }
@@ -80,63 +180,225 @@ impl Task for Gate {
             rules.iter().map(|r| rule::evaluate(r, &inputs, self.allow_different_data)).collect()
         };
         let (required, warned) = (judge(&self.require)?, judge(&self.warn)?);
-        let failed: Vec<_> = required.iter().filter(|f| !f.passed).collect();
+        let named = self.judge_named(cx, &sides)?;
+        self.tell(cx, &required, &warned, &named);
 
-        cx.report(table(&required, &warned));
-        let passed = required.len() - failed.len();
-        cx.summary("rules", format!("{passed} of {} hold", required.len()));
-        for (name, change) in required.iter().chain(&warned).filter_map(change) {
-            cx.summary(name, change);
+        let lines = |findings: &[Finding], field: &str, no: &str| -> Vec<Value> {
+            let line = |(i, f): (usize, &Finding)| {
+                json!({
+                    "pointer": format!("/{field}/{i}"),
+                    "kind": field,
+                    "rule": f.rule,
+                    "outcome": if f.passed { "pass" } else { no },
+                    "found": found(f),
+                    "details": { "left": f.left, "right": f.right, "values": f.values },
+                })
+            };
+            findings.iter().enumerate().map(line).collect()
+        };
+        let mut rules = lines(&required, "require", "fail");
+        rules.extend(lines(&warned, "warn", "warn"));
+        for n in &named {
+            let mut line = serde_json::to_value(n)?;
+            line["kind"] = json!(n.pointer.split('/').nth(1));
+            rules.push(line);
         }
-        for finding in warned.iter().filter(|f| !f.passed) {
-            cx.warn(format!("does not hold: {}", describe(finding)));
-        }
+        let failed: Vec<String> = required
+            .iter()
+            .filter(|f| !f.passed)
+            .map(describe)
+            .chain(
+                named
+                    .iter()
+                    .filter(|n| self.blocks(n))
+                    .map(|n| format!("{} ({})", n.rule, n.headline)),
+            )
+            .collect();
+        let open = named.iter().any(|n| n.outcome == Outcome::Inconclusive);
+        let refuted =
+            required.iter().any(|f| !f.passed) || named.iter().any(|n| n.outcome == Outcome::Fail);
+        let outcome = match (refuted, open) {
+            (true, _) => "fail",
+            (false, true) => "inconclusive",
+            _ => "pass",
+        };
         cx.output("verdict")?.write_json(
             "verdict.json",
             &json!({
                 "passed": failed.is_empty(),
+                "outcome": outcome,
+                "inconclusive": self.inconclusive,
+                "rules": rules,
                 "require": required,
                 "warn": warned,
                 "inputs": sources,
             }),
         )?;
         if !failed.is_empty() {
-            let reasons: Vec<_> = failed.iter().map(|f| describe(f)).collect();
-            cx.deny(reasons.join("; "));
+            cx.deny(failed.join("; "));
         }
         Ok(())
     }
 }
 
-/// The metrics of an input, and what `verdict.json` says of it.
-fn read(name: &str, artifacts: &[NamedArtifact]) -> Result<(Metrics, Value)> {
-    let [NamedArtifact { artifact, .. }] = artifacts else {
-        return Err(Error::new(format!("`{name}` has {} artifacts", artifacts.len()))
-            .with_hint("give each its own name"));
-    };
-    let text = fs_err::read_to_string(artifact.file("metrics.json")?)?;
-    let json: serde_json::Map<String, Value> =
-        serde_json::from_str(&text).context("`metrics.json` is not a JSON object")?;
-    let values: BTreeMap<_, _> = json
-        .iter()
-        .filter(|(key, _)| *key != "meta")
-        .map(|(key, value)| (key.clone(), value.as_f64().filter(|x| x.is_finite())))
-        .collect();
-    let data = json.get("meta").and_then(|m| m.get("data")).and_then(Value::as_str);
-    let source = json!({ "digest": artifact.digest, "data": data, "metrics": values });
-    Ok((Metrics { values, data: data.map(str::to_owned) }, source))
+fn indexed<T>(rules: &[T], check: impl Fn(usize, &T) -> Vec<Problem>) -> Vec<Problem> {
+    rules.iter().enumerate().flat_map(|(i, r)| check(i, r)).collect()
 }
 
-/// A number with as many digits as people compare by.
-fn short(x: f64) -> String {
-    let size = x.abs();
-    if x == x.trunc() && size < 1e15 {
-        format!("{x}")
-    } else if (1e-3..1e6).contains(&size) {
-        let decimals = (4 - size.log10().floor() as i32).clamp(0, 7) as usize;
-        format!("{x:.decimals$}")
-    } else {
-        format!("{x:.4e}")
+fn single<'a>(name: &str, artifacts: &'a [NamedArtifact]) -> Result<&'a NamedArtifact> {
+    match artifacts {
+        [one] => Ok(one),
+        many => Err(Error::new(format!("input `{name}` has {} artifacts", many.len()))
+            .with_hint("give each its own name")),
+    }
+}
+
+impl Gate {
+    fn comparisons(&self) -> [(&'static str, &Vec<Comparison>); 3] {
+        [
+            ("improves", &self.improves),
+            ("not_worse", &self.not_worse),
+            ("no_forgetting", &self.no_forgetting),
+        ]
+    }
+
+    /// Number of named rules.
+    fn named(&self) -> usize {
+        self.comparisons().iter().map(|(_, rules)| rules.len()).sum::<usize>()
+            + self.max_regression.len()
+            + self.budget.len()
+            + self.no_contamination.len()
+            + self.merge_equivalent.len()
+    }
+
+    fn blocks(&self, named: &Named) -> bool {
+        match named.outcome {
+            Outcome::Pass => false,
+            Outcome::Fail => true,
+            Outcome::Inconclusive => self.inconclusive == Inconclusive::Block,
+        }
+    }
+
+    fn judge_named(&self, cx: &TaskContext, sides: &BTreeMap<String, Side>) -> Result<Vec<Named>> {
+        let unknown = |name: &str, what: &str, known: Vec<&str>| {
+            let error = Error::new(format!("`{name}` is no input of the gate with {what}"));
+            match nearest(name, known.iter().copied()) {
+                Some(near) => error.with_hint(format!("did you mean `{near}`?")),
+                None => error.with_hint(format!("there are {}", known.join(", "))),
+            }
+        };
+        let side = |name: &str| {
+            let known = || sides.keys().map(String::as_str).collect();
+            sides.get(name).ok_or_else(|| unknown(name, "metrics", known()))
+        };
+        let input = |name: &str| {
+            let known = || cx.input_names().collect();
+            cx.many(name).first().ok_or_else(|| unknown(name, "anything to judge", known()))
+        };
+        let mut out = Vec::new();
+        for (field, rules) in self.comparisons() {
+            let claim = if field == "improves" { Claim::Improves } else { Claim::NotWorse };
+            for (i, rule) in rules.iter().enumerate() {
+                let question = Question {
+                    claim,
+                    metric: &rule.metric,
+                    margin: rule.margin,
+                    confidence: rule.confidence,
+                    test: rule.test,
+                    different_prompts: rule.different_prompts,
+                };
+                let found =
+                    paired::judge(&question, side(&rule.candidate)?, side(&rule.baseline)?)?;
+                let words = match claim {
+                    Claim::Improves => "improves on",
+                    Claim::NotWorse => "is not worse than",
+                };
+                let (c, b, m) = (&rule.candidate, &rule.baseline, short(rule.margin));
+                let rule = format!("{field}: {c} {words} {b} in {}, margin {m}", rule.metric);
+                out.push(found.at(format!("/{field}/{i}"), rule));
+            }
+        }
+        for (i, rule) in self.max_regression.iter().enumerate() {
+            let candidate = side(&rule.candidate)?;
+            let reference = &input(&rule.candidate)?.reference;
+            let name = rule.accepted_as.as_deref().unwrap_or(accepted_name(reference));
+            let path = cx
+                .files("/accepted")
+                .first()
+                .ok_or_else(|| Error::new("`accepted` names no file"))?;
+            let accepted = accepted::read(path, name)?;
+            let question = Question {
+                claim: Claim::NotWorse,
+                metric: &rule.metric,
+                margin: rule.margin,
+                confidence: rule.confidence,
+                test: paired::Test::Auto,
+                different_prompts: false,
+            };
+            let found = paired::judge(&question, candidate, &accepted)?;
+            let (c, m) = (&rule.candidate, short(rule.margin));
+            let rule = format!(
+                "max_regression: {c} against the accepted run in {}, margin {m}",
+                rule.metric
+            );
+            out.push(found.at(format!("/max_regression/{i}"), rule));
+        }
+        for (i, rule) in self.budget.iter().enumerate() {
+            let found = rule.judge(input(&rule.of)?)?;
+            out.push(found.at(format!("/budget/{i}"), format!("budget: {}", rule.rule())));
+        }
+        for (i, rule) in self.no_contamination.iter().enumerate() {
+            let found = rule.judge(input(&rule.train)?, input(&rule.eval)?)?;
+            let words = format!("no_contamination: {} holds no row of {}", rule.train, rule.eval);
+            out.push(found.at(format!("/no_contamination/{i}"), words));
+        }
+        for (i, rule) in self.merge_equivalent.iter().enumerate() {
+            let found = rule.judge(side(&rule.merged)?, side(&rule.adapted)?)?;
+            let words =
+                format!("merge_equivalent: {} says what {} says", rule.merged, rule.adapted);
+            out.push(found.at(format!("/merge_equivalent/{i}"), words));
+        }
+        Ok(out)
+    }
+
+    /// Report, headlines and warnings.
+    fn tell(
+        &self,
+        cx: &mut TaskContext,
+        required: &[Finding],
+        warned: &[Finding],
+        named: &[Named],
+    ) {
+        let mut rows = vec![["result", "rule", "found"].map(str::to_owned)];
+        for (findings, no) in [(required, "FAIL"), (warned, "warn")] {
+            for f in findings {
+                let result = if f.passed { "pass" } else { no };
+                rows.push([result.to_owned(), f.rule.clone(), found(f)]);
+            }
+        }
+        for n in named {
+            let result = match (n.outcome, self.blocks(n)) {
+                (Outcome::Pass, _) => "pass",
+                (Outcome::Fail, _) => "FAIL",
+                (Outcome::Inconclusive, true) => "OPEN",
+                (Outcome::Inconclusive, false) => "open",
+            };
+            rows.push([result.to_owned(), n.rule.clone(), n.headline.clone()]);
+        }
+        cx.report(crate::text_table(&rows));
+        let total = required.len() + named.len();
+        let passed = required.iter().filter(|f| f.passed).count()
+            + named.iter().filter(|n| n.outcome == Outcome::Pass).count();
+        cx.summary("rules", format!("{passed} of {total} hold"));
+        for (name, change) in required.iter().chain(warned).filter_map(change) {
+            cx.summary(name, change);
+        }
+        for finding in warned.iter().filter(|f| !f.passed) {
+            cx.warn(format!("does not hold: {}", describe(finding)));
+        }
+        for n in named.iter().filter(|n| n.outcome == Outcome::Inconclusive && !self.blocks(n)) {
+            cx.warn(format!("not enough samples to tell: {} ({})", n.rule, n.headline));
+        }
     }
 }
 
@@ -174,18 +436,6 @@ fn change(finding: &Finding) -> Option<(String, String)> {
 
 fn describe(finding: &Finding) -> String {
     format!("`{}` ({})", finding.rule, found(finding))
-}
-
-/// The rules with what was found.
-fn table(required: &[Finding], warned: &[Finding]) -> String {
-    let rows = required.iter().map(|f| (f, "FAIL")).chain(warned.iter().map(|f| (f, "warn")));
-    let rows: Vec<_> = rows.map(|(f, no)| (if f.passed { "pass" } else { no }, f)).collect();
-    let width = rows.iter().map(|(_, f)| f.rule.chars().count()).max().unwrap_or(0).max(4);
-    let mut out = format!("{:<6}  {:<width$}  found\n", "result", "rule");
-    for (result, finding) in rows {
-        let _ = writeln!(out, "{result:<6}  {:<width$}  {}", finding.rule, found(finding));
-    }
-    out
 }
 
 #[cfg(test)]

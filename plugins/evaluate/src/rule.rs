@@ -134,24 +134,25 @@ pub(crate) fn evaluate(
         finding.reason = Some(format!("`{name}` is not a finite number"));
         return Ok(finding);
     }
-    let empty = |(input, _): &&(String, String)| {
-        inputs.get(input).and_then(|m| m.values.get("tokens").copied().flatten()) == Some(0.0)
+    // `evaluate` counts tokens, `evaluate-tasks` the samples of each task.
+    let empty = |(input, metric): &&(String, String)| {
+        let task = metric.split('.').next().unwrap_or_default();
+        let count =
+            |name: &str| inputs.get(input).and_then(|m| m.values.get(name).copied().flatten());
+        count("tokens") == Some(0.0) || count(&format!("{task}.samples")) == Some(0.0)
     };
     if let Some((input, _)) = references.iter().find(empty) {
         finding.reason = Some(format!("`{input}` was measured on no tokens"));
         return Ok(finding);
     }
 
-    let mut numbers: BTreeMap<&str, BTreeMap<&str, f64>> = BTreeMap::new();
+    let mut scope = serde_json::Map::new();
     for reference in &references {
         if let Some(value) = value_of(reference) {
-            numbers.entry(&reference.0).or_default().insert(&reference.1, value);
+            put(&mut scope, &format!("{}.{}", reference.0, reference.1), value);
         }
     }
-    let scope = numbers.iter().map(|(input, metrics)| {
-        (*input, Value::from_pairs(metrics.iter().map(|(metric, value)| (*metric, *value))))
-    });
-    let scope = Value::from_pairs(scope);
+    let scope = lora_flow_data::jinja::from_json(&serde_json::Value::Object(scope));
     let env = environment();
     let run = |text: &str| -> Result<Value> {
         env.compile_expression(text)
@@ -186,6 +187,19 @@ pub(crate) fn evaluate(
         }
     }
     Ok(finding)
+}
+
+/// Puts a number under a dotted name.
+fn put(scope: &mut serde_json::Map<String, serde_json::Value>, name: &str, value: f64) {
+    match name.split_once('.') {
+        None => drop(scope.insert(name.to_owned(), value.into())),
+        Some((first, rest)) => {
+            let inner = scope.entry(first.to_owned()).or_insert_with(|| serde_json::json!({}));
+            if let Some(inner) = inner.as_object_mut() {
+                put(inner, rest, value);
+            }
+        }
+    }
 }
 
 /// Refuses to compare metrics of different data.

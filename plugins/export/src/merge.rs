@@ -5,7 +5,9 @@
 //! and adapter ([`crate::proof`]).
 
 use candle_core::DType;
-use lora_flow_core::{Artifact, ArtifactKind, Error, Ports, Problem, Result, Task, TaskContext};
+use lora_flow_core::{
+    Artifact, ArtifactKind, Error, Ports, Problem, Result, Task, TaskContext, parse_size,
+};
 use lora_flow_model::config::{ModelConfig, dtype_name};
 use lora_flow_model::lora::Lora;
 use lora_flow_model::merge::{MergeOptions, MergeReport, merge_weights};
@@ -66,20 +68,7 @@ pub struct Size(pub u64);
 
 impl Size {
     fn parse(text: &str) -> Option<Self> {
-        let text = text.trim();
-        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-        let (number, unit) = text.split_at(digits);
-        let factor = match unit.trim() {
-            "" | "B" => 1.0,
-            "KB" => 1e3,
-            "MB" => 1e6,
-            "GB" => 1e9,
-            "KiB" => 1024.0,
-            "MiB" => 1_048_576.0,
-            "GiB" => 1_073_741_824.0,
-            _ => return None,
-        };
-        let bytes = number.parse::<f64>().ok()? * factor;
+        let bytes = parse_size(text)?;
         (1.0..1e18).contains(&bytes).then_some(Self(bytes as u64))
     }
 }

@@ -9,6 +9,7 @@ use lora_flow_core::{Result, ResultExt};
 use lora_flow_pipeline::{RunReport, Status, TaskOutcome};
 
 use crate::commands::run;
+use crate::commands::verdict::{Rule, Verdict};
 use crate::table::duration;
 
 /// Where the XML goes unless the user says: CI systems collect reports from the working folder.
@@ -21,16 +22,16 @@ const SUMMARY_LIMIT: usize = 1000 * 1024;
 const BLOCK_LIMIT: usize = 64 * 1024;
 
 /// Writes the XML, and the summary if GitHub asks for one.
-pub fn write(report: &RunReport, junit_path: &Path) -> Result<()> {
+pub fn write(report: &RunReport, verdicts: &[Verdict<'_>], junit_path: &Path) -> Result<()> {
     if let Some(parent) = junit_path.parent().filter(|p| !p.as_os_str().is_empty()) {
         fs_err::create_dir_all(parent)?;
     }
-    fs_err::write(junit_path, junit(report)).context("cannot write the JUnit report")?;
+    fs_err::write(junit_path, junit(report, verdicts)).context("cannot write the JUnit report")?;
     let Some(path) = std::env::var_os("GITHUB_STEP_SUMMARY").filter(|path| !path.is_empty()) else {
         return Ok(());
     };
     let there = std::fs::metadata(&path).map_or(0, |meta| meta.len() as usize);
-    let text = summary(report, SUMMARY_LIMIT.saturating_sub(there));
+    let text = summary(report, verdicts, SUMMARY_LIMIT.saturating_sub(there));
     let mut file = fs_err::OpenOptions::new()
         .create(true)
         .append(true)
@@ -39,51 +40,105 @@ pub fn write(report: &RunReport, junit_path: &Path) -> Result<()> {
     Ok(file.write_all(text.as_bytes())?)
 }
 
-/// One test suite for the run and one test case for each task.
-fn junit(report: &RunReport) -> String {
-    let count = |wanted: fn(&Status) -> bool| {
-        report.tasks.iter().filter(|task| wanted(&task.status)).count()
-    };
-    let counts = format!(
-        r#"tests="{}" failures="{}" errors="{}" skipped="{}" time="{}""#,
-        report.tasks.len(),
-        count(|s| matches!(s, Status::Failed | Status::Denied { .. })),
-        count(|s| matches!(s, Status::Cancelled)),
-        count(|s| matches!(s, Status::Skipped(_))),
-        seconds(report.wall),
-    );
+/// A test suite for the run, with a case for each task, and one for each gate, with a case for each
+/// of its rules.
+fn junit(report: &RunReport, verdicts: &[Verdict<'_>]) -> String {
     let name = escape(&report.name);
-    let mut out = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
-    let _ = writeln!(out, "<testsuites name=\"lora-flow\" {counts}>");
+    let mut counts = Counts { seconds: report.wall.as_secs_f64(), ..Counts::default() };
+    let mut cases = String::new();
+    for task in &report.tasks {
+        counts.tests += 1;
+        match &task.status {
+            Status::Failed | Status::Denied { .. } => counts.failures += 1,
+            Status::Cancelled => counts.errors += 1,
+            Status::Skipped(_) => counts.skipped += 1,
+            Status::Ran | Status::Cached => {}
+        }
+        push_case(&mut cases, &report.name, &task.id, task.wall, &case_body(task));
+    }
     // JUnit's schema wants the time without a zone.
     let started = escape(report.started.trim_end_matches('Z'));
-    let _ = writeln!(out, "  <testsuite name=\"{name}\" timestamp=\"{started}\" {counts}>");
-    for task in &report.tasks {
-        let _ = write!(
-            out,
-            "    <testcase classname=\"{name}\" name=\"{}\" time=\"{}\"",
-            escape(&task.id),
-            seconds(task.wall)
-        );
-        let body = case_body(task);
-        if body.is_empty() {
-            out.push_str("/>\n");
-        } else {
-            let _ = writeln!(out, ">\n{body}    </testcase>");
+    let mut suites = String::new();
+    let suite = |out: &mut String, name: &str, counts: &Counts, cases: &str| {
+        let _ =
+            writeln!(out, "  <testsuite name=\"{name}\" timestamp=\"{started}\" {}>", counts.xml());
+        out.push_str(cases);
+        out.push_str("  </testsuite>\n");
+    };
+    suite(&mut suites, &name, &counts, &cases);
+    for verdict in verdicts {
+        let mut own = Counts::default();
+        let mut cases = String::new();
+        let class = format!("{}.{}", report.name, verdict.task.id);
+        for rule in verdict.rules() {
+            own.tests += 1;
+            own.failures += usize::from(rule.blocks());
+            push_case(&mut cases, &class, rule.text("rule"), Duration::ZERO, &rule_body(&rule));
         }
+        suite(&mut suites, &escape(&class), &own, &cases);
+        counts.add(&own);
     }
-    out.push_str("  </testsuite>\n</testsuites>\n");
+    let mut out = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
+    let _ = writeln!(out, "<testsuites name=\"lora-flow\" {}>", counts.xml());
+    out.push_str(&suites);
+    out.push_str("</testsuites>\n");
     out
 }
 
-fn case_body(task: &TaskOutcome) -> String {
-    let element = |tag: &str, message: &str, kind: &str, text: &str| {
+#[derive(Default)]
+struct Counts {
+    tests: usize,
+    failures: usize,
+    errors: usize,
+    skipped: usize,
+    seconds: f64,
+}
+
+impl Counts {
+    fn xml(&self) -> String {
+        let Self { tests, failures, errors, skipped, seconds } = self;
         format!(
-            "      <{tag} message=\"{}\" type=\"{kind}\">{}</{tag}>\n",
-            escape(message),
-            escape_text(text)
+            r#"tests="{tests}" failures="{failures}" errors="{errors}" skipped="{skipped}" time="{seconds:.3}""#
         )
-    };
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.tests += other.tests;
+        self.failures += other.failures;
+    }
+}
+
+fn push_case(out: &mut String, class: &str, name: &str, time: Duration, body: &str) {
+    let (class, name, time) = (escape(class), escape(name), seconds(time));
+    let _ = write!(out, "    <testcase classname=\"{class}\" name=\"{name}\" time=\"{time}\"");
+    if body.is_empty() {
+        out.push_str("/>\n");
+    } else {
+        let _ = writeln!(out, ">\n{body}    </testcase>");
+    }
+}
+
+/// A rule that made the gate say no is a failure; a warning, or an open question that does not block,
+/// has passed and says so.
+fn rule_body(rule: &Rule<'_>) -> String {
+    let (outcome, found) = (rule.outcome(), rule.text("found"));
+    if rule.blocks() {
+        let text = serde_json::to_string_pretty(&rule.json["details"]).unwrap_or_default();
+        return element("failure", found, outcome, &text);
+    }
+    let mark = if outcome == "pass" { String::new() } else { format!("{outcome}: ") };
+    format!("      <system-out>{}</system-out>\n", escape_text(&format!("{mark}{found}")))
+}
+
+fn element(tag: &str, message: &str, kind: &str, text: &str) -> String {
+    format!(
+        "      <{tag} message=\"{}\" type=\"{kind}\">{}</{tag}>\n",
+        escape(message),
+        escape_text(text)
+    )
+}
+
+fn case_body(task: &TaskOutcome) -> String {
     match &task.status {
         Status::Failed => {
             let (message, text) = failure(task);
@@ -152,7 +207,7 @@ fn escape(text: &str) -> String {
 }
 
 /// The run in Markdown, in at most `limit` bytes: what does not fit is left out, and that is said.
-fn summary(report: &RunReport, limit: usize) -> String {
+fn summary(report: &RunReport, verdicts: &[Verdict<'_>], limit: usize) -> String {
     const CUT: &str = "\n… cut: GitHub shows no more than 1 MiB of a step's summary\n";
     let outcome = match report.exit_code() {
         0 => "✅ done",
@@ -176,12 +231,14 @@ fn summary(report: &RunReport, limit: usize) -> String {
             cell(&run::result(task))
         ));
     }
+    for verdict in verdicts {
+        blocks.extend(verdict_tables(verdict));
+    }
     for task in &report.tasks {
+        let told = verdicts.iter().any(|v| v.task.id == task.id);
         let text = match &task.status {
             Status::Failed => failure(task).1,
-            _ if task.kind == "gate" || matches!(task.status, Status::Denied { .. }) => {
-                task.report.clone()
-            }
+            Status::Denied { .. } if !told => task.report.clone(),
             _ => continue,
         };
         if !text.is_empty() {
@@ -202,6 +259,55 @@ fn summary(report: &RunReport, limit: usize) -> String {
     // Whatever the step appends next starts on its own line.
     if !out.is_empty() {
         out.push('\n');
+    }
+    out
+}
+
+/// A gate's rules, and the results that they compare before and after.
+fn verdict_tables(verdict: &Verdict<'_>) -> Vec<String> {
+    let word = if verdict.json["passed"] == true { "✅ says yes" } else { "⛔ says no" };
+    let mut out = vec![format!(
+        "\n### {}: {word}\n\n| | rule | found |\n|---|---|---|\n",
+        cell(&verdict.task.id)
+    )];
+    for rule in verdict.rules() {
+        let mark = match rule.outcome() {
+            "pass" => "✅",
+            "warn" => "⚠️",
+            "inconclusive" if rule.blocks() => "❓ blocks",
+            "inconclusive" => "❓",
+            _ => "❌",
+        };
+        out.push(format!(
+            "| {mark} | {} | {} |\n",
+            cell(rule.text("rule")),
+            cell(rule.text("found"))
+        ));
+    }
+    let compared: Vec<(Rule<'_>, (f64, f64, bool))> =
+        verdict.rules().filter_map(|rule| rule.change().map(|change| (rule, change))).collect();
+    if !compared.is_empty() {
+        out.push("\n| metric | before | after | | Δ | interval | n |\n|---|---:|---:|---|---:|---|---:|\n".into());
+    }
+    for (rule, (before, after, higher_is_better)) in compared {
+        let details = &rule.json["details"];
+        let arrow = match (after > before, higher_is_better) {
+            _ if after == before => "＝",
+            (true, true) => "🟢 ▲",
+            (false, false) => "🟢 ▼",
+            (true, false) => "🔴 ▲",
+            (false, true) => "🔴 ▼",
+        };
+        let bound =
+            |i: usize| details["interval"][i].as_f64().map_or("?".into(), |x| format!("{x:+.4}"));
+        out.push(format!(
+            "| {} | {before:.4} | {after:.4} | {arrow} | {:+.4} | [{}, {}] | {} |\n",
+            cell(details["metric"].as_str().unwrap_or_default()),
+            after - before,
+            bound(0),
+            bound(1),
+            details["n"],
+        ));
     }
     out
 }
@@ -273,7 +379,7 @@ mod tests {
         let mut denied = task("g", Status::Denied { cached: true });
         denied.denied = Some("1 rule of 1 failed".to_owned());
         denied.report = "candidate.perplexity < 3   FAILS\n".to_owned();
-        let xml = junit(&report(vec![failed, skipped, denied, task("c", Status::Ran)]));
+        let xml = junit(&report(vec![failed, skipped, denied, task("c", Status::Ran)]), &[]);
         assert!(
             xml.contains(r#"tests="4" failures="2" errors="0" skipped="1" time="2.000""#),
             "{xml}"
@@ -297,13 +403,46 @@ mod tests {
         let mut failed = task("a|b", Status::Skipped("x | y\nz".to_owned()));
         failed.summary = vec![("loss".to_owned(), "1".to_owned())];
         let report = report(vec![failed, gate]);
-        let text = summary(&report, SUMMARY_LIMIT);
+        let text = summary(&report, &[], SUMMARY_LIMIT);
         assert!(text.contains("| a\\|b | train | skipped | 1.5 s | x \\| y z |\n"), "{text}");
         assert!(text.contains("\n`````text\na ```` fence\n") && text.contains("\n… cut\n`````\n"));
         assert!(text.len() < BLOCK_LIMIT + 2000);
         for limit in [0, 10, 100, 500, 70_000] {
-            assert!(summary(&report, limit).len() <= limit, "{limit}");
+            assert!(summary(&report, &[], limit).len() <= limit, "{limit}");
         }
-        assert!(summary(&report, 500).contains("… cut: GitHub"));
+        assert!(summary(&report, &[], 500).contains("… cut: GitHub"));
+    }
+
+    #[test]
+    fn rules_are_cases_and_rows_with_marks() {
+        let mut gate = task("gate", Status::Denied { cached: false });
+        gate.denied = Some("no".to_owned());
+        let json = serde_json::json!({
+            "passed": false, "inconclusive": "warn",
+            "rules": [
+                { "rule": "a.x < 1", "outcome": "pass", "found": "0.5 against 1", "details": {} },
+                { "rule": "improves | acc", "outcome": "fail", "found": "acc 0.5 → 0.4",
+                  "details": { "metric": "t.acc", "baseline": { "value": 0.5 }, "candidate": { "value": 0.4 },
+                               "higher_is_better": true, "interval": [-0.2, -0.01], "n": 50 } },
+                { "rule": "not_worse", "outcome": "inconclusive", "found": "too few",
+                  "details": { "metric": "t.ppl", "baseline": { "value": 9.0 }, "candidate": { "value": 8.0 },
+                               "higher_is_better": false, "interval": [-2.0, 0.1], "n": 9 } },
+            ],
+        });
+        let run = report(vec![gate]);
+        let verdicts = [Verdict { task: &run.tasks[0], json }];
+        let xml = junit(&run, &verdicts);
+        assert!(xml.contains(r#"<testsuites name="lora-flow" tests="4" failures="2""#), "{xml}");
+        assert!(xml.contains(r#"classname="p.gate" name="improves | acc" time="0.000">"#), "{xml}");
+        assert!(xml.contains(r#"<failure message="acc 0.5 → 0.4" type="fail">"#), "{xml}");
+        assert!(xml.contains("<system-out>inconclusive: too few</system-out>"), "{xml}");
+        let text = summary(&run, &verdicts, SUMMARY_LIMIT);
+        assert!(text.contains("| ❌ | improves \\| acc | acc 0.5 → 0.4 |"), "{text}");
+        assert!(
+            text.contains("| t.acc | 0.5000 | 0.4000 | 🔴 ▼ | -0.1000 | [-0.2000, -0.0100] | 50 |"),
+            "{text}"
+        );
+        assert!(text.contains("| t.ppl | 9.0000 | 8.0000 | 🟢 ▼ | -1.0000 |"), "{text}");
+        assert!(text.contains("| ❓ | not\\_worse | too few |"), "{text}");
     }
 }

@@ -1,8 +1,10 @@
-//! `lora-flow diff`: parameters and metrics of two runs side by side.
+//! `lora-flow diff`: parameters and metrics of two runs side by side, either of which may be the file of
+//! an accepted one.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use lora_flow_core::ArtifactKind;
+use lora_flow_core::{ArtifactKind, Error};
 use lora_flow_pipeline::{Engine, RunRecord};
 use serde_json::{Value, json};
 
@@ -13,6 +15,8 @@ use crate::ui::Failure;
 /// What one run has to compare, by name. `BTreeMap` gives all sections one order.
 #[derive(Default)]
 struct Side {
+    /// The run, or the file of an accepted one.
+    id: String,
     parameters: BTreeMap<String, Value>,
     metrics: BTreeMap<String, Value>,
     summaries: BTreeMap<String, Value>,
@@ -29,26 +33,22 @@ struct Row {
 
 pub fn diff(a: &str, b: &str, all: bool, as_json: bool) -> Result<i32, Failure> {
     let engine = commands::engine_here()?;
-    let (a, b) = (
-        engine.load_record(a).map_err(Failure::Usage)?,
-        engine.load_record(b).map_err(Failure::Usage)?,
-    );
-    let (left, right) = (Side::read(&engine, &a), Side::read(&engine, &b));
+    let (left, right) = (Side::open(&engine, a)?, Side::open(&engine, b)?);
     let sections = [
         ("parameters", rows(&left.parameters, &right.parameters, all)),
         ("metrics", rows(&left.metrics, &right.metrics, all)),
         ("summaries", rows(&left.summaries, &right.summaries, all)),
     ];
-    for (run, side) in [(&a, &left), (&b, &right)] {
+    for side in [&left, &right] {
         if !side.unknown.is_empty() {
             eprintln!(
                 "run {}: the store has no result of {}; their parameters and metrics are not compared",
-                run.report.run_id,
+                side.id,
                 side.unknown.join(", ")
             );
         }
     }
-    let (id_a, id_b) = (&a.report.run_id, &b.report.run_id);
+    let (id_a, id_b) = (&left.id, &right.id);
     if as_json {
         let mut out = json!({ "a": id_a, "b": id_b });
         for (title, rows) in &sections {
@@ -75,8 +75,28 @@ pub fn diff(a: &str, b: &str, all: bool, as_json: bool) -> Result<i32, Failure> 
 }
 
 impl Side {
+    /// A run, or an accepted run by its file.
+    fn open(engine: &Engine, name: &str) -> Result<Self, Failure> {
+        if !Path::new(name).is_file() {
+            let record = engine.load_record(name).map_err(Failure::Usage)?;
+            return Ok(Self::read(engine, &record));
+        }
+        let json: Value = serde_json::from_str(&fs_err::read_to_string(name)?)?;
+        let Some(results) = json["results"].as_object() else {
+            return Err(Failure::Usage(Error::new(format!("`{name}` is no accepted run"))));
+        };
+        let mut side = Self { id: name.to_owned(), ..Self::default() };
+        flatten("params", &json["params"], &mut side.parameters);
+        for (task, result) in results {
+            let numbers = result["metrics"].as_object().into_iter().flatten();
+            let numbers = numbers.filter(|(_, v)| v.is_number() || v.is_null());
+            side.metrics.extend(numbers.map(|(name, v)| (format!("{task}.{name}"), v.clone())));
+        }
+        Ok(side)
+    }
+
     fn read(engine: &Engine, record: &RunRecord) -> Self {
-        let mut side = Self::default();
+        let mut side = Self { id: record.report.run_id.clone(), ..Self::default() };
         flatten("params", &record.params, &mut side.parameters);
         for task in &record.report.tasks {
             for (name, value) in &task.summary {

@@ -1,5 +1,7 @@
 //! The commands; one file each, but for the smallest.
 
+mod accept;
+mod annotations;
 mod bench;
 mod cache;
 mod ci;
@@ -15,6 +17,7 @@ mod run;
 mod runs;
 mod scaffold;
 mod tasks;
+mod verdict;
 mod why;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +26,9 @@ use lora_flow_core::Error;
 use lora_flow_pipeline::{CompileOptions, Engine, Plan, Remote, compile};
 use lora_flow_remote::{Bucket, Patience};
 
-use crate::args::{Args, Command, GraphArgs, GraphFormat, PipelineArgs, PluginCommand};
+use crate::args::{
+    Args, Command, GateCommand, GraphArgs, GraphFormat, PipelineArgs, PluginCommand,
+};
 pub use diff::flatten;
 pub use runs::outcome_word;
 
@@ -44,6 +49,10 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
         Command::Diff { a, b, all, json } => diff::diff(&a, &b, all, json),
         Command::Logs { run, task, follow } => runs::logs(&run, &task, follow),
         Command::Report { runs, output } => report::report(&runs, &output),
+        Command::Gate { command: GateCommand::Explain { run, gate, json } } => {
+            verdict::explain(&run, gate.as_deref(), json)
+        }
+        Command::Accept { run, file, denied } => accept::accept(&run, file.as_deref(), denied),
         Command::Export { run } => export::export(&run),
         Command::Cache { command } => cache::cache(&command),
         Command::Tasks { kind, markdown } => tasks::tasks(kind.as_deref(), markdown),

@@ -6,7 +6,7 @@ use lora_flow_core::{CancelToken, DeviceSpec};
 use lora_flow_pipeline::{Gpu, Pinned, RunOptions, RunReport, Status, TaskOutcome};
 
 use crate::args::RunArgs;
-use crate::commands::ci;
+use crate::commands::{annotations, ci, verdict};
 use crate::table::{duration, table};
 use crate::ui::{self, Failure};
 use crate::{commands, progress};
@@ -69,7 +69,9 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
     }
     if args.ci {
         let junit = args.junit.as_deref().unwrap_or(Path::new(ci::JUNIT));
-        ci::write(&report, junit)?;
+        let verdicts = verdict::read(&engine, &report);
+        ci::write(&report, &verdicts, junit)?;
+        annotations::write(&plan, &report, &verdicts)?;
     }
     if args.update_lock && report.exit_code() == 0 {
         commands::lock::write(&engine, &plan, &args.pipeline, device)?;

@@ -23,26 +23,36 @@ const MAX_BYTES: usize = 8 << 20;
 
 /// A value and its place.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Node {
+pub struct Node {
+    /// The value.
     pub value: NodeValue,
+    /// Where it stands.
     pub span: Span,
 }
 
 /// What a [`Node`] holds.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum NodeValue {
+pub enum NodeValue {
+    /// Nothing, `~` or `null`.
     Null,
+    /// `true` or `false`.
     Bool(bool),
+    /// A number that is finite and fits in 64 bits.
     Number(Number),
+    /// Text.
     String(String),
+    /// A list.
     Seq(Vec<Node>),
+    /// A mapping in the order written.
     Map(Vec<(Key, Node)>),
 }
 
 /// A key of a mapping and its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Key {
+pub struct Key {
+    /// The key.
     pub name: String,
+    /// Where it stands.
     pub span: Span,
 }
 
@@ -159,18 +169,20 @@ impl Node {
 
 /// Places by JSON pointer.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Places {
+pub struct Places {
+    /// Of the keys.
     pub keys: BTreeMap<String, Span>,
+    /// Of the values.
     pub values: BTreeMap<String, Span>,
 }
 
 /// A key as a segment of a JSON pointer.
-pub(crate) fn escape_pointer(key: &str) -> String {
+pub fn escape_pointer(key: &str) -> String {
     key.replace('~', "~0").replace('/', "~1")
 }
 
 /// What a value is, for messages: `the string `x``, `a list`, ….
-pub(crate) fn describe_json(value: &Value) -> String {
+pub fn describe_json(value: &Value) -> String {
     match value {
         Value::Null => "nothing".to_owned(),
         Value::Bool(b) => format!("`{b}`"),
@@ -184,7 +196,7 @@ pub(crate) fn describe_json(value: &Value) -> String {
 }
 
 /// One line of at most forty characters.
-pub(crate) fn shorten(text: &str) -> String {
+pub fn shorten(text: &str) -> String {
     let line = text.lines().next().unwrap_or("");
     if line.chars().count() <= 40 && line.len() == text.len() {
         return text.to_owned();
@@ -196,12 +208,12 @@ pub(crate) fn shorten(text: &str) -> String {
 ///
 /// # Errors
 /// The first syntax error, or all duplicate keys and other problems of a well-formed file.
-pub(crate) fn parse(source: &Arc<SourceFile>) -> Result<Node, Vec<Diagnostic>> {
+pub fn parse(source: &Arc<SourceFile>) -> Result<Node, Vec<Diagnostic>> {
     parse_range(source, 0)
 }
 
 /// Parses what stands from a byte offset to the end; places count from the start of the file.
-pub(crate) fn parse_range(source: &Arc<SourceFile>, start: usize) -> Result<Node, Vec<Diagnostic>> {
+pub fn parse_range(source: &Arc<SourceFile>, start: usize) -> Result<Node, Vec<Diagnostic>> {
     let Some(text) = source.text.get(start..) else {
         return Err(vec![Diagnostic::new(source, None, "this is not UTF-8 text")]);
     };

@@ -7,29 +7,32 @@ use crate::yaml::{Key, Node, NodeValue};
 
 /// A value and its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct At<T> {
+pub struct At<T> {
+    /// The value.
     pub value: T,
+    /// Where it stands.
     pub span: Span,
 }
 
 /// The keys that a mapping may have.
-pub(crate) struct Known {
+pub struct Known {
     /// What the mapping is, for messages: `a task`.
     pub of: &'static str,
+    /// Their names.
     pub keys: &'static [&'static str],
     /// What other tools call them: (their name, ours).
     pub aliases: &'static [(&'static str, &'static str)],
 }
 
 /// `a`, `b` and `c`, in backticks.
-pub(crate) fn list<S: AsRef<str>>(names: impl IntoIterator<Item = S>, word: &str) -> String {
+pub fn list<S: AsRef<str>>(names: impl IntoIterator<Item = S>, word: &str) -> String {
     let mut names: Vec<String> = names.into_iter().map(|n| format!("`{}`", n.as_ref())).collect();
     let Some(last) = names.pop() else { return "none".to_owned() };
     if names.is_empty() { last } else { format!("{} {word} {last}", names.join(", ")) }
 }
 
 /// `did you mean …?`, or else what there is.
-pub(crate) fn suggest<'a>(
+pub fn suggest<'a>(
     name: &str,
     candidates: impl IntoIterator<Item = &'a str>,
     what: &str,
@@ -47,7 +50,7 @@ pub(crate) fn suggest<'a>(
 
 /// The entries of a mapping whose keys are all known. Keys that are not are reported, and what is
 /// not a mapping; nothing is an empty mapping.
-pub(crate) fn mapping<'a>(
+pub fn mapping<'a>(
     node: &'a Node,
     known: &Known,
     problems: &mut Problems,
@@ -69,7 +72,7 @@ pub(crate) fn mapping<'a>(
 }
 
 /// The entries of a mapping with any keys; nothing is an empty mapping.
-pub(crate) fn entries<'a>(
+pub fn entries<'a>(
     node: &'a Node,
     what: &str,
     problems: &mut Problems,
@@ -85,13 +88,13 @@ pub(crate) fn entries<'a>(
 }
 
 /// Reports a value of the wrong type.
-pub(crate) fn wrong(node: &Node, what: &str, expected: &str, problems: &mut Problems) {
+pub fn wrong(node: &Node, what: &str, expected: &str, problems: &mut Problems) {
     let message = format!("{what} must be {expected}, found {}", node.describe());
     problems.report(node.span, message, None);
 }
 
 /// A string that is not empty.
-pub(crate) fn string(node: &Node, what: &str, problems: &mut Problems) -> Option<At<String>> {
+pub fn string(node: &Node, what: &str, problems: &mut Problems) -> Option<At<String>> {
     match &node.value {
         NodeValue::String(s) if !s.trim().is_empty() => {
             Some(At { value: s.clone(), span: node.span })
@@ -109,7 +112,7 @@ pub(crate) fn string(node: &Node, what: &str, problems: &mut Problems) -> Option
 }
 
 /// A list of strings. The second is whether all its items were fine.
-pub(crate) fn strings(node: &Node, what: &str, problems: &mut Problems) -> Option<Vec<At<String>>> {
+pub fn strings(node: &Node, what: &str, problems: &mut Problems) -> Option<Vec<At<String>>> {
     match &node.value {
         NodeValue::Seq(items) => {
             let item = format!("an item of {what}");
@@ -124,11 +127,7 @@ pub(crate) fn strings(node: &Node, what: &str, problems: &mut Problems) -> Optio
 }
 
 /// A string or a list of strings.
-pub(crate) fn one_or_many(
-    node: &Node,
-    what: &str,
-    problems: &mut Problems,
-) -> Option<Vec<At<String>>> {
+pub fn one_or_many(node: &Node, what: &str, problems: &mut Problems) -> Option<Vec<At<String>>> {
     match &node.value {
         NodeValue::Seq(_) => strings(node, what, problems),
         NodeValue::String(_) => string(node, what, problems).map(|s| vec![s]),
@@ -140,7 +139,7 @@ pub(crate) fn one_or_many(
 }
 
 /// `true` or `false`.
-pub(crate) fn boolean(node: &Node, what: &str, problems: &mut Problems) -> Option<bool> {
+pub fn boolean(node: &Node, what: &str, problems: &mut Problems) -> Option<bool> {
     match &node.value {
         NodeValue::Bool(b) => Some(*b),
         NodeValue::String(s) if matches!(s.as_str(), "yes" | "no" | "on" | "off") => {
@@ -156,7 +155,7 @@ pub(crate) fn boolean(node: &Node, what: &str, problems: &mut Problems) -> Optio
 }
 
 /// A whole number from `min` up.
-pub(crate) fn whole(node: &Node, what: &str, min: u64, problems: &mut Problems) -> Option<u64> {
+pub fn whole(node: &Node, what: &str, min: u64, problems: &mut Problems) -> Option<u64> {
     let NodeValue::Number(n) = &node.value else {
         wrong(node, what, "a whole number", problems);
         return None;

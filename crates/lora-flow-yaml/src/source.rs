@@ -166,7 +166,7 @@ impl fmt::Display for Diagnostic {
 
 /// A pipeline file and the fragments it includes, as one text.
 #[derive(Debug, Clone)]
-pub(crate) struct Sources {
+pub struct Sources {
     /// The texts one after the other, under the path of the pipeline file.
     pub whole: Arc<SourceFile>,
     /// The files and where each starts in the whole.
@@ -207,13 +207,16 @@ impl Sources {
 
 /// Collects the problems of one file, or of a pipeline file and its fragments.
 #[derive(Debug)]
-pub(crate) struct Problems {
+pub struct Problems {
+    /// The file, or the whole of several.
     pub source: Arc<SourceFile>,
+    /// The problems so far.
     pub found: Vec<Diagnostic>,
     sources: Sources,
 }
 
 impl Problems {
+    /// Problems of one file.
     pub fn new(source: &Arc<SourceFile>) -> Self {
         Self::over(&Sources::new(source))
     }
@@ -244,8 +247,14 @@ impl Problems {
         self.found.push(diagnostic.with_hint_opt(hint.into()));
     }
 
+    /// Number of problems.
     pub fn len(&self) -> usize {
         self.found.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.found.is_empty()
     }
 }
 
@@ -276,7 +285,7 @@ impl Diagnostics {
 
     /// Orders the problems by file and place and drops repetitions. The file named by `first`
     /// comes first.
-    pub(crate) fn sort(&mut self, first: &Path) {
+    pub fn sort(&mut self, first: &Path) {
         self.0.sort_by(|a, b| {
             let key = |d: &Diagnostic| {
                 (d.source.path != first, d.source.path.clone(), d.span.unwrap_or_default())
