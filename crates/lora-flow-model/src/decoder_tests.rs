@@ -112,6 +112,7 @@ fn adapter(config: &ModelConfig, dropout: f64, keep: impl Fn(&str) -> bool) -> L
         out_features: info.out_features,
         r,
         scale: 0.75,
+        magnitude: None,
     };
     let modules: Vec<_> = config.linear_modules().into_iter().map(module).collect();
     Lora {
@@ -126,8 +127,11 @@ fn adapter(config: &ModelConfig, dropout: f64, keep: impl Fn(&str) -> bool) -> L
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
             init_lora_weights: Init::Default,
+            use_dora: false,
+            modules_to_save: Vec::new(),
         },
         modules: modules.into_iter().filter(|m| keep(&m.path)).collect(),
+        saved: Vec::new(),
     }
 }
 
