@@ -112,7 +112,10 @@ pub fn combine(
         })
         .collect::<Result<_>>()?;
     let (modules_out, report): (Vec<_>, Vec<_>) = made.into_iter().unzip();
-    Ok((Lora { config: config(&modules_out, modules), modules: modules_out, saved: Vec::new() }, report))
+    Ok((
+        Lora { config: config(&modules_out, modules), modules: modules_out, saved: Vec::new() },
+        report,
+    ))
 }
 
 fn check_shapes(lora: &Lora, modules: &[ModuleInfo]) -> Result<()> {

@@ -66,6 +66,16 @@ impl Decoder {
         Ok(Some((self.overlay(&lora.saved)?, Lora { saved: Vec::new(), ..lora.clone() })))
     }
 
+    /// Puts an adapter in place as every pass does, and checks that it fits: all that a swap takes.
+    ///
+    /// # Errors
+    /// When it was made for another model.
+    pub fn check_adapter(&self, adapter: Option<&Lora>) -> Result<()> {
+        let own = self.overlaid(adapter)?;
+        AdapterMap::new(&self.config, own.as_ref().map(|(_, lora)| lora).or(adapter), None)?;
+        Ok(())
+    }
+
     /// A tensor of the model under Hugging Face's name, if there is one.
     pub fn tensor(&self, name: &str) -> Option<Tensor> {
         let rest = Vec::new();

@@ -335,4 +335,22 @@ mod tests {
         let lora = Lora::init(&config, &modules(), 0).unwrap();
         assert_eq!(lora.trainable_parameters(), 2 * 4 * 500);
     }
+
+    #[test]
+    fn the_papers_count_for_gpt3_comes_out() {
+        // Hu et al. 2021, table 4: r = 4 on q and v of 96 layers of width 12,288 are 18.9 M.
+        let width = 12_288;
+        let layer = |i: usize| {
+            ["q_proj", "v_proj"].map(|name| ModuleInfo {
+                path: format!("model.layers.{i}.self_attn.{name}"),
+                in_features: width,
+                out_features: width,
+            })
+        };
+        let modules: Vec<_> = (0..96).flat_map(layer).collect();
+        let config = LoraConfig { r: 4, ..LoraConfig::default() };
+        let resolved = config.resolve(&modules).unwrap();
+        let parameters = |m: &crate::lora_match::Resolved| m.r * 2 * width;
+        assert_eq!(resolved.iter().map(parameters).sum::<usize>(), 18_874_368);
+    }
 }

@@ -20,6 +20,10 @@ use crate::peft::values;
 use crate::safetensors_file::{SafetensorsWriter, encode};
 use crate::weights::{INDEX, WeightSource};
 
+/// Files of a model's folder that go on to what is made of it as they are.
+pub const CARRIED: &[&str] =
+    &["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"];
+
 /// Values measured side by side.
 const LANES: usize = 16;
 
@@ -110,8 +114,7 @@ pub fn merge_weights(
             match (adapters.get(name), whole.get(name.as_str())) {
                 (None, None) => writer.write(name, &base_bytes(source, name, shape, dtype)?)?,
                 (_, Some(tensor)) => {
-                    let values =
-                        values(tensor).with_context(|| format!("cannot read `{name}`"))?;
+                    let values = values(tensor).with_context(|| format!("cannot read `{name}`"))?;
                     check_range(&values, dtype, name)?;
                     writer.write(name, &encode(&values, dtype))?;
                 }

@@ -400,10 +400,10 @@ fn saved_in(file: &SafetensorsFile, entries: &[String]) -> Result<Vec<(String, V
     Ok(tensors.into_iter().filter(|(name, _)| asked(name)).collect())
 }
 
-/// Whether a tensor belongs to a module whose path equals `entry` or ends in `.` + `entry`.
+/// Whether a tensor belongs to a module whose path ends in `entry`: PEFT's rule, by which `norm`
+/// means `input_layernorm` as well.
 pub(crate) fn is_of_module(tensor: &str, entry: &str) -> bool {
-    let module = tensor.rsplit_once('.').map_or(tensor, |(module, _)| module);
-    module.strip_suffix(entry).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    tensor.rsplit_once('.').is_some_and(|(module, _)| module.ends_with(entry))
 }
 
 /// PEFT leaves out `.weight` here.

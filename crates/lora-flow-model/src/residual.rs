@@ -219,7 +219,7 @@ pub fn read_start(adapter: &Artifact) -> Result<Option<Init>> {
 
 impl crate::lora::LoraConfig {
     /// Name and shape of the tensors that `modules_to_save` means, in model order: those of
-    /// modules whose path equals an entry or ends in `.` + entry.
+    /// modules whose path ends in an entry.
     ///
     /// # Errors
     /// When an entry matches nothing, or the embedding of a model whose head is tied to it.
@@ -231,7 +231,8 @@ impl crate::lora::LoraConfig {
             .filter(|entry| !tensors.iter().any(|(name, _)| is_of_module(name, entry)))
             .collect();
         let tied = config.tie_word_embeddings;
-        let shared = |e: &String| tied && ["embed_tokens", "lm_head"].iter().any(|n| e.ends_with(n));
+        let shared =
+            |e: &String| tied && ["embed_tokens", "lm_head"].iter().any(|n| e.ends_with(n));
         if let Some(entry) = self.modules_to_save.iter().find(|e| shared(e)) {
             return Err(Error::new(format!(
                 "`modules_to_save`: `{entry}` shares its weights with the {} in this model",
@@ -240,10 +241,8 @@ impl crate::lora::LoraConfig {
             .with_hint("a copy would part the two; use `method: full` to train them together"));
         }
         if !missing.is_empty() {
-            let modules: BTreeSet<_> = tensors
-                .iter()
-                .filter_map(|(name, _)| name.rsplit('.').nth(1))
-                .collect();
+            let modules: BTreeSet<_> =
+                tensors.iter().filter_map(|(name, _)| name.rsplit('.').nth(1)).collect();
             return Err(Error::new(format!(
                 "`modules_to_save`: no module matches {}",
                 list(&missing)
