@@ -1,6 +1,8 @@
 //! Bad input: broken pipelines, data and models. Each gives one clear error and exit code 1 or 2,
 //! never a panic, and leaves the store valid. The messages are snapshots: read them as a user.
 
+#[path = "bad_input_methods.rs"]
+mod methods;
 #[path = "support/mod.rs"]
 mod support;
 
@@ -607,6 +609,10 @@ type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 fn tensors(p: &Project, change: fn(&mut Tensors)) {
     let mut tensors = model_tensors();
     change(&mut tensors);
+    p.write("models/tiny/model.safetensors", serialized(tensors));
+}
+
+fn serialized(tensors: Tensors) -> Vec<u8> {
     let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
         .into_iter()
         .map(|(n, s, d)| {
@@ -616,7 +622,7 @@ fn tensors(p: &Project, change: fn(&mut Tensors)) {
         .collect();
     let views =
         bytes.iter().map(|(n, s, b)| (n, TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
-    p.write("models/tiny/model.safetensors", safetensors::serialize(views, None).unwrap());
+    safetensors::serialize(views, None).unwrap()
 }
 
 fn cut(p: &Project, name: &str, share: f64) {

@@ -1,10 +1,10 @@
-"""The one entry: `python tests/reference/make.py [tiny|smollm2|tokenizer|all]`."""
+"""The one entry: `python tests/reference/make.py [chat|tiny|methods|smollm2|tokenizer|all]`."""
 
 import sys
 
 import common
 
-PARTS = ("tokenizer", "tiny", "smollm2")
+PARTS = ("tokenizer", "chat", "tiny", "methods", "smollm2")
 
 
 def main() -> None:

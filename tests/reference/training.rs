@@ -53,6 +53,7 @@ pub fn run(
         warmup_steps: settings["warmup_steps"].as_u64().unwrap(),
         max_steps: settings["total_steps"].as_u64(),
         weight_decay: float(&settings["weight_decay"]),
+        loraplus_lr_ratio: settings["loraplus_lr_ratio"].as_f64(),
         max_grad_norm: float(&settings["max_grad_norm"]),
         per_device_train_batch_size: rows,
         gradient_accumulation_steps: in_step / rows,

@@ -20,6 +20,7 @@ pub mod elementwise;
 pub mod embedding;
 pub mod linear;
 pub mod loss;
+pub mod loss_head;
 pub mod profile;
 pub mod rms_norm;
 pub mod rope;

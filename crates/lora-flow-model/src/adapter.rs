@@ -1,11 +1,14 @@
 //! What a pass through the decoder sees of an adapter: its modules by layer and projection,
-//! their dropout masks, and the buffers their gradients are added to.
+//! the tensors trained as a whole, dropout masks, and the buffers gradients are added to.
+
+use std::sync::OnceLock;
 
 use candle_core::{DType, Result as CandleResult, Tensor};
 use lora_flow_core::{Error, Result};
 use rayon::prelude::*;
 
 use crate::config::ModelConfig;
+use crate::dora;
 use crate::layer::Proj;
 use crate::lora::{Lora, LoraModule};
 
@@ -14,17 +17,37 @@ use crate::lora::{Lora, LoraModule};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DropoutKey(pub u64);
 
-/// One adapted projection.
-#[derive(Debug)]
+/// One projection with something trained on it: a low-rank module, or itself.
+#[derive(Debug, Default)]
 pub(crate) struct Slot<'a> {
-    /// Index among the modules of the adapter.
-    pub(crate) index: usize,
-    pub(crate) module: &'a LoraModule,
+    /// The low-rank module and its index among those of the adapter.
+    pub(crate) low_rank: Option<(usize, &'a LoraModule)>,
+    /// Index of the whole weight among the saved tensors.
+    pub(crate) weight: Option<usize>,
+    /// Index of the whole bias among the saved tensors.
+    pub(crate) bias: Option<usize>,
     /// Probability and key, while training with dropout.
     dropout: Option<(f64, u64)>,
+    /// Row norms of W + sBA, once asked for.
+    norms: OnceLock<Tensor>,
 }
 
 impl Slot<'_> {
+    /// m/‖W + sBA‖ and the norms of a DoRA module, both [out]; the norms are made once a pass.
+    pub(crate) fn dora(&self, weight: &Tensor) -> CandleResult<Option<(Tensor, &Tensor)>> {
+        let Some((_, module)) = self.low_rank else { return Ok(None) };
+        let Some(magnitude) = &module.magnitude else { return Ok(None) };
+        let norms = match self.norms.get() {
+            Some(norms) => norms,
+            None => {
+                let (a, b) = (&module.a, &module.b);
+                let norms = dora::row_norms(weight, Some((a, b, module.scale)))?;
+                self.norms.get_or_init(|| norms)
+            }
+        };
+        Ok(Some(((magnitude / norms)?, norms)))
+    }
+
     /// The dropout mask for an input of the module: 0 or 1/(1 − p), in the input's shape and dtype.
     pub(crate) fn mask(&self, x: &Tensor) -> CandleResult<Option<Tensor>> {
         let Some((p, key)) = self.dropout else { return Ok(None) };
@@ -60,10 +83,13 @@ fn mix(key: u64, counter: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The adapted projections of one layer.
+/// What is trained in one layer.
 #[derive(Debug, Default)]
 pub(crate) struct LayerAdapter<'a> {
     slots: [Option<Slot<'a>>; 7],
+    /// Index among the saved tensors of the norms before attention and MLP, and of those of q and
+    /// k, in this order.
+    pub(crate) norms: [Option<usize>; 4],
 }
 
 impl<'a> LayerAdapter<'a> {
@@ -72,14 +98,19 @@ impl<'a> LayerAdapter<'a> {
     }
 
     fn is_empty(&self) -> bool {
-        self.slots.iter().all(Option::is_none)
+        self.slots.iter().all(Option::is_none) && self.norms.iter().all(Option::is_none)
     }
 }
 
-/// The modules of an adapter by layer.
+/// What is trained, by its place.
 #[derive(Debug)]
 pub(crate) struct AdapterMap<'a> {
     pub(crate) layers: Vec<LayerAdapter<'a>>,
+    /// Indices among the saved tensors.
+    pub(crate) embed: Option<usize>,
+    pub(crate) norm: Option<usize>,
+    /// That of the embedding where the head is tied to it.
+    pub(crate) head: Option<usize>,
 }
 
 impl<'a> AdapterMap<'a> {
@@ -94,7 +125,8 @@ impl<'a> AdapterMap<'a> {
     ) -> Result<Self> {
         let mut layers: Vec<LayerAdapter<'a>> = Vec::new();
         layers.resize_with(config.num_hidden_layers, LayerAdapter::default);
-        let Some(lora) = lora else { return Ok(Self { layers }) };
+        let mut map = Self { layers, embed: None, norm: None, head: None };
+        let Some(lora) = lora else { return Ok(map) };
         let dropout = dropout.filter(|_| lora.config.lora_dropout > 0.0);
         let infos = config.linear_modules();
         for (index, module) in lora.modules.iter().enumerate() {
@@ -117,20 +149,65 @@ impl<'a> AdapterMap<'a> {
                     .with_hint("the adapter was made for another model"));
                 }
             }
-            let slot = &mut layers[at / 7].slots[at % 7];
+            let slot = &mut map.layers[at / 7].slots[at % 7];
             if slot.is_some() {
                 return Err(Error::new(format!("the adapter has `{}` twice", module.path)));
             }
             let dropout =
                 dropout.map(|DropoutKey(key)| (lora.config.lora_dropout, mix(key, at as u64)));
-            *slot = Some(Slot { index, module, dropout });
+            let low_rank = Some((index, module));
+            *slot = Some(Slot { low_rank, dropout, ..Slot::default() });
         }
-        Ok(Self { layers })
+        for (index, saved) in lora.saved.iter().enumerate() {
+            map.place(&saved.name, index, config).ok_or_else(|| {
+                Error::new(format!("the model has no tensor `{}`", saved.name))
+                    .with_hint("the adapter was made for another model")
+            })?;
+        }
+        Ok(map)
     }
 
-    /// The lowest layer that carries an adapter.
+    /// Notes where a tensor that is trained as a whole stands.
+    fn place(&mut self, name: &str, index: usize, config: &ModelConfig) -> Option<()> {
+        match name {
+            "model.embed_tokens.weight" => {
+                self.embed = Some(index);
+                if config.tie_word_embeddings {
+                    self.head = Some(index);
+                }
+            }
+            "model.norm.weight" => self.norm = Some(index),
+            "lm_head.weight" if !config.tie_word_embeddings => self.head = Some(index),
+            _ => {
+                let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
+                let layer = self.layers.get_mut(layer.parse::<usize>().ok()?)?;
+                let norms = ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm"];
+                let norms = norms.into_iter().chain(["self_attn.k_norm"]);
+                let (module, kind) = part.rsplit_once('.')?;
+                if let Some(at) = norms.into_iter().position(|n| n == module) {
+                    layer.norms[at] = Some(index);
+                    return Some(());
+                }
+                let at = Proj::ALL.into_iter().find(|p| p.name() == module)?;
+                let slot = layer.slots[at as usize].get_or_insert_default();
+                match kind {
+                    "weight" => slot.weight = Some(index),
+                    "bias" => slot.bias = Some(index),
+                    _ => return None,
+                }
+            }
+        }
+        Some(())
+    }
+
+    /// The lowest layer in which something is trained: 0 where the embedding is, and the number of
+    /// layers where only what stands above them is. `None` where nothing is trained at all.
     pub(crate) fn lowest(&self) -> Option<usize> {
-        self.layers.iter().position(|l| !l.is_empty())
+        if self.embed.is_some() {
+            return Some(0);
+        }
+        let above = (self.norm.is_some() || self.head.is_some()).then_some(self.layers.len());
+        self.layers.iter().position(|l| !l.is_empty()).or(above)
     }
 }
 
@@ -141,13 +218,17 @@ pub struct ModuleGrads {
     pub a: Vec<f32>,
     /// Of B: [out, r].
     pub b: Vec<f32>,
+    /// Of DoRA's magnitude: [out].
+    pub magnitude: Option<Vec<f32>>,
 }
 
 /// Gradients of an adapter, one entry per module in the adapter's order. Passes add to them.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct LoraGrads {
     /// One entry per module.
     pub modules: Vec<ModuleGrads>,
+    /// Of the tensors trained as a whole.
+    pub saved: Vec<Vec<f32>>,
 }
 
 impl LoraGrads {
@@ -156,8 +237,10 @@ impl LoraGrads {
         let modules = lora.modules.iter().map(|m| ModuleGrads {
             a: vec![0.0; m.a.elem_count()],
             b: vec![0.0; m.b.elem_count()],
+            magnitude: m.magnitude.as_ref().map(|t| vec![0.0; t.elem_count()]),
         });
-        Self { modules: modules.collect() }
+        let saved = lora.saved.iter().map(|s| vec![0.0; s.tensor.elem_count()]);
+        Self { modules: modules.collect(), saved: saved.collect() }
     }
 
     /// Sets all to zero.
@@ -165,25 +248,47 @@ impl LoraGrads {
         self.tensors_mut().for_each(|g| g.fill(0.0));
     }
 
-    /// The gradients of A and B of each module in turn.
+    /// The gradients in the order of [`Lora::tensors`].
     pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
-        self.modules.iter().flat_map(|m| [m.a.as_slice(), m.b.as_slice()])
+        let modules = self.modules.iter().flat_map(|m| {
+            [m.a.as_slice(), m.b.as_slice()].into_iter().chain(m.magnitude.as_deref())
+        });
+        modules.chain(self.saved.iter().map(Vec::as_slice))
     }
 
     /// [`Self::tensors`], to change them.
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
-        self.modules.iter_mut().flat_map(|m| [m.a.as_mut_slice(), m.b.as_mut_slice()])
+        let modules = self.modules.iter_mut().flat_map(|m| {
+            let magnitude = m.magnitude.as_deref_mut();
+            [m.a.as_mut_slice(), m.b.as_mut_slice()].into_iter().chain(magnitude)
+        });
+        modules.chain(self.saved.iter_mut().map(Vec::as_mut_slice))
     }
 
     pub(crate) fn add(&mut self, index: usize, da: &Tensor, db: &Tensor) -> CandleResult<()> {
         let module = &mut self.modules[index];
-        for (sum, new) in [(&mut module.a, da), (&mut module.b, db)] {
-            let new = new.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-            debug_assert_eq!(sum.len(), new.len());
-            sum.iter_mut().zip(new).for_each(|(sum, new)| *sum += new);
-        }
-        Ok(())
+        add_to(&mut module.a, da)?;
+        add_to(&mut module.b, db)
     }
+
+    pub(crate) fn add_magnitude(&mut self, index: usize, dm: &Tensor) -> CandleResult<()> {
+        match &mut self.modules[index].magnitude {
+            Some(sum) => add_to(sum, dm),
+            None => candle_core::bail!("the gradients belong to an adapter without magnitudes"),
+        }
+    }
+
+    /// Adds the gradient of a tensor that is trained as a whole.
+    pub(crate) fn add_saved(&mut self, index: usize, d: &Tensor) -> CandleResult<()> {
+        add_to(&mut self.saved[index], d)
+    }
+}
+
+fn add_to(sum: &mut [f32], new: &Tensor) -> CandleResult<()> {
+    let new = new.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+    debug_assert_eq!(sum.len(), new.len());
+    sum.iter_mut().zip(new).for_each(|(sum, new)| *sum += new);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use lora_flow_kernels::{embedding, linear, rms_norm};
 use crate::adapter::{AdapterMap, DropoutKey, LayerAdapter, LoraGrads};
 use crate::batch::Batch;
 use crate::config::{HiddenAct, ModelConfig, ModuleInfo};
+use crate::full;
 use crate::layer::{Activations, Dims, KvCache, Layer, Linear, Pass, Proj};
 use crate::lora::Lora;
 use crate::weights::WeightSource;
@@ -69,17 +70,17 @@ impl LossOut {
 
 /// A decoder with frozen weights.
 pub struct Decoder {
-    config: ModelConfig,
-    dims: Dims,
-    embed: Tensor,
-    layers: Vec<Layer>,
-    norm: Tensor,
-    head: Tensor,
+    pub(crate) config: ModelConfig,
+    pub(crate) dims: Dims,
+    pub(crate) embed: Tensor,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Tensor,
+    pub(crate) head: Tensor,
     /// Grows with the longest document seen.
-    rope: Mutex<Arc<RopeTable>>,
-    device: Device,
+    pub(crate) rope: Mutex<Arc<RopeTable>>,
+    pub(crate) device: Device,
     /// Dtype of the activations.
-    compute: DType,
+    pub(crate) compute: DType,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -234,6 +235,9 @@ impl Decoder {
     /// # Errors
     /// When the batch or the adapter does not fit the model, or the device fails.
     pub fn logits(&self, batch: &Batch, adapter: Option<&Lora>) -> Result<Tensor> {
+        if let Some((own, lora)) = self.overlaid(adapter)? {
+            return own.logits(batch, Some(&lora));
+        }
         let map = AdapterMap::new(&self.config, adapter, None)?;
         let x = self.hidden(batch, &map)?;
         self.head_logits(&x).context("cannot compute the logits")
@@ -244,6 +248,9 @@ impl Decoder {
     /// # Errors
     /// When the batch or the adapter does not fit the model, or the device fails.
     pub fn nll(&self, batch: &Batch, adapter: Option<&Lora>) -> Result<Vec<f32>> {
+        if let Some((own, lora)) = self.overlaid(adapter)? {
+            return own.nll(batch, Some(&lora));
+        }
         let map = AdapterMap::new(&self.config, adapter, None)?;
         let x = self.hidden(batch, &map)?;
         let loss = self.loss(&x, batch, None).context("cannot compute the loss")?;
@@ -266,12 +273,15 @@ impl Decoder {
         if batch.supervised() == 0 {
             return Err(Error::new("the batch has no supervised tokens"));
         }
-        if grads.modules.len() != lora.modules.len() {
+        if grads.modules.len() != lora.modules.len() || grads.saved.len() != lora.saved.len() {
             return Err(Error::new("the gradients belong to another adapter"));
         }
         let map = AdapterMap::new(&self.config, Some(lora), options.dropout)?;
         let lowest = map.lowest().ok_or_else(|| Error::new("the adapter has no modules"))?;
-        self.forward_backward(batch, &map, lowest, options, grads)
+        let own = if lora.saved.is_empty() { None } else { Some(self.overlay(&lora.saved)?) };
+        own.as_ref()
+            .unwrap_or(self)
+            .forward_backward(batch, &map, lowest, options, grads)
             .context("cannot compute the loss and its gradients")
     }
 
@@ -314,7 +324,10 @@ impl Decoder {
             x = y;
         }
 
-        let loss = self.loss(&x, batch, Some(options.grad_scale))?;
+        let loss = match (map.norm, map.head) {
+            (None, None) => self.loss(&x, batch, Some(options.grad_scale))?,
+            _ => self.loss_of_trained_head(&x, batch, options.grad_scale, map, grads)?,
+        };
         let mut dx = match loss.dx {
             Some(dx) => dx,
             None => candle_core::bail!("the loss has no gradient"),
@@ -328,10 +341,14 @@ impl Decoder {
                 Some(Kept::Activations(acts)) => *acts,
                 None => candle_core::bail!("a layer kept nothing"),
             };
-            match layer.backward(&dx, acts, &pass, adapter, depth > 0, grads)? {
+            let need_dx = depth > 0 || map.embed.is_some();
+            match layer.backward(&dx, acts, &pass, adapter, need_dx, grads)? {
                 Some(below) => dx = below,
                 None => break,
             }
+        }
+        if let Some(index) = map.embed {
+            full::embedding_backward(index, &batch.input_ids, &dx, grads)?;
         }
         Ok(LossOut { nll: loss.nll })
     }
@@ -453,9 +470,9 @@ impl Decoder {
 }
 
 /// Loss at the top of the residual stream.
-struct StreamLoss {
-    nll: Vec<f32>,
-    dx: Option<Tensor>,
+pub(crate) struct StreamLoss {
+    pub(crate) nll: Vec<f32>,
+    pub(crate) dx: Option<Tensor>,
 }
 
 #[cfg(test)]

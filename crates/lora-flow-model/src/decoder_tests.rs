@@ -11,7 +11,7 @@ use crate::batch::RowRef;
 use crate::config::{Architecture, RopeScaling};
 use crate::generate::{GenerateOptions, Generator};
 use crate::layer::KvCache;
-use crate::lora::{Init, LoraConfig, LoraModule, TargetModules};
+use crate::lora::{Init, LoraConfig, LoraModule, SavedTensor, TargetModules};
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -112,6 +112,7 @@ fn adapter(config: &ModelConfig, dropout: f64, keep: impl Fn(&str) -> bool) -> L
         out_features: info.out_features,
         r,
         scale: 0.75,
+        magnitude: None,
     };
     let modules: Vec<_> = config.linear_modules().into_iter().map(module).collect();
     Lora {
@@ -126,8 +127,11 @@ fn adapter(config: &ModelConfig, dropout: f64, keep: impl Fn(&str) -> bool) -> L
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
             init_lora_weights: Init::Default,
+            use_dora: false,
+            modules_to_save: Vec::new(),
         },
         modules: modules.into_iter().filter(|m| keep(&m.path)).collect(),
+        saved: Vec::new(),
     }
 }
 
@@ -205,6 +209,35 @@ fn each_tensor(lora: &Lora) -> Vec<(usize, bool, String)> {
 fn tensor_of(grads: &LoraGrads, module: usize, b: bool) -> &[f32] {
     let m = &grads.modules[module];
     if b { &m.b } else { &m.a }
+}
+
+#[test]
+fn a_swapped_adapter_leaves_no_trace_of_the_one_before() {
+    let config = config();
+    let (decoder, batch) = (decoder(&config), batch());
+    let bits = |decoder: &Decoder, lora: Option<&Lora>| -> Vec<u32> {
+        let logits = decoder.logits(&batch, lora).unwrap().flatten_all().unwrap();
+        logits.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    };
+    let one = adapter(&config, 0.0, |_| true);
+    let mut two = adapter(&config, 0.0, |path| path.ends_with("v_proj"));
+    let head = decoder.tensor("model.norm.weight").unwrap();
+    let name = "model.norm.weight".to_owned();
+    two.saved = vec![SavedTensor { name, tensor: (head * 1.5).unwrap() }];
+    let mut dora = adapter(&config, 0.0, |path| path.ends_with("up_proj"));
+    for m in &mut dora.modules {
+        m.magnitude = Some(Tensor::ones(m.out_features, DType::F32, &Device::Cpu).unwrap());
+    }
+    let fresh: Vec<_> =
+        [None, Some(&one), Some(&two), Some(&dora)].map(|lora| bits(&decoder, lora)).into();
+    for (i, a) in fresh.iter().enumerate() {
+        assert!(fresh[..i].iter().all(|b| a != b), "each does something of its own");
+    }
+    // In any order afterwards.
+    for which in [3usize, 0, 2, 1, 0, 3, 1, 2, 0] {
+        let lora = [None, Some(&one), Some(&two), Some(&dora)][which];
+        assert_eq!(bits(&decoder, lora), fresh[which], "{which}");
+    }
 }
 
 #[test]

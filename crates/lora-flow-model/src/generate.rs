@@ -93,6 +93,9 @@ impl<'a> Generator<'a> {
                 options.top_p
             )));
         }
+        if let Some((own, lora)) = self.decoder.overlaid(adapter)? {
+            return Generator::new(&own).generate(prompt, Some(&lora), options, on_token);
+        }
         let config = self.decoder.config();
         let stops = options.stop.as_ref().unwrap_or(&config.eos_token_ids);
         let map = AdapterMap::new(config, adapter, None)?;

@@ -13,6 +13,7 @@ use lora_flow_kernels::rope::RopeTable;
 use lora_flow_kernels::{attention, elementwise, linear, rms_norm, rope};
 
 use crate::adapter::{LayerAdapter, LoraGrads, Slot};
+use crate::{dora, full};
 
 /// The projections of a layer, in model order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,10 +57,14 @@ pub(crate) struct Linear {
 impl Linear {
     /// y [N, out] and, with an adapter, x·Aᵀ [N, r], which the backward needs.
     fn forward(&self, x: &Tensor, slot: Option<&Slot<'_>>) -> Result<(Tensor, Option<Tensor>)> {
-        let (y, xa) = match slot {
+        let (y, xa) = match slot.and_then(|slot| Some((slot, slot.low_rank?.1))) {
             None => (linear::matmul_nt(x, &self.weight)?, None),
-            Some(slot) => {
-                let (a, b, s) = (&slot.module.a, &slot.module.b, slot.module.scale as f32);
+            Some((slot, module)) if module.magnitude.is_some() => {
+                let (y, xa) = dora::forward(x, &self.weight, slot)?;
+                (y, Some(xa))
+            }
+            Some((slot, module)) => {
+                let (a, b, s) = (&module.a, &module.b, module.scale as f32);
                 let (y, xa) = match slot.mask(x)? {
                     None => linear::lora_forward(x, &self.weight, a, b, s)?,
                     Some(mask) => {
@@ -87,19 +92,26 @@ impl Linear {
         need_dx: bool,
         grads: &mut LoraGrads,
     ) -> Result<Option<Tensor>> {
-        let (Some(slot), Some(xa)) = (slot, xa) else {
+        let low_rank = slot.and_then(|slot| Some((slot, slot.low_rank?)));
+        let (Some((slot, (index, module))), Some(xa)) = (low_rank, xa) else {
+            if let Some(slot) = slot {
+                full::linear_backward(dy, &x()?, slot, grads)?;
+            }
             return need_dx.then(|| linear::matmul_nn(dy, &self.weight)).transpose();
         };
-        let (a, b, s) = (&slot.module.a, &slot.module.b, slot.module.scale as f32);
+        if module.magnitude.is_some() {
+            return dora::backward(dy, &x()?, &self.weight, slot, xa, need_dx, grads);
+        }
+        let (a, b, s) = (&module.a, &module.b, module.scale as f32);
         let (x, w) = (x()?, &self.weight);
         let Some(mask) = slot.mask(&x)? else {
             let (dx, da, db) = linear::lora_backward(dy, &x, w, a, b, s, xa, need_dx)?;
-            grads.add(slot.index, &da, &db)?;
+            grads.add(index, &da, &db)?;
             return Ok(dx);
         };
         let dropped = (&x * &mask)?;
         let parts = linear::lora_backward_parts(dy, &dropped, w, a, b, s, xa, need_dx)?;
-        grads.add(slot.index, &parts.da, &parts.db)?;
+        grads.add(index, &parts.da, &parts.db)?;
         let (Some(base), Some(low)) = (parts.dx_base, parts.dx_low_rank) else { return Ok(None) };
         Ok(Some(elementwise::add_scaled(&base, &(low * mask)?, 1.0)?))
     }
@@ -299,12 +311,13 @@ impl Layer {
         adapter: &LayerAdapter<'_>,
     ) -> Result<Activations> {
         let mut acts = self.activations(x, pass, adapter)?;
-        if let Some(slot) = adapter.slot(Proj::Down) {
+        let down = adapter.slot(Proj::Down);
+        if let Some((slot, (_, module))) = down.and_then(|slot| Some((slot, slot.low_rank?))) {
             let mut h = acts.h(pass.dims)?;
             if let Some(mask) = slot.mask(&h)? {
                 h = (h * mask)?;
             }
-            acts.xa[Proj::Down as usize] = Some(linear::matmul_nt(&h, &slot.module.a)?);
+            acts.xa[Proj::Down as usize] = Some(linear::matmul_nt(&h, &module.a)?);
         }
         Ok(acts)
     }
@@ -322,9 +335,12 @@ impl Layer {
     ) -> Result<Option<Tensor>> {
         let dims = pass.dims;
         let adapted = |ps: &[Proj]| ps.iter().any(|p| adapter.slot(*p).is_some());
-        // Whether a gradient has to reach the inputs of O, of the MLP, and of Down.
-        let reach_attention = need_dx || adapted(&[Proj::Q, Proj::K, Proj::V]);
-        let reach_middle = reach_attention || adapted(&[Proj::O]);
+        let [norm1, norm2, q_norm, k_norm] = adapter.norms;
+        // Whether a gradient has to reach the inputs of Q, K and V, of O, of the MLP, and of Down.
+        let reach_norm1 = need_dx || norm1.is_some();
+        let reach_heads = reach_norm1 || q_norm.is_some() || k_norm.is_some();
+        let reach_attention = reach_heads || adapted(&[Proj::Q, Proj::K, Proj::V]);
+        let reach_middle = reach_attention || adapted(&[Proj::O]) || norm2.is_some();
         let reach_gated = reach_middle || adapted(&[Proj::Gate, Proj::Up]);
         let xa = std::mem::take(&mut acts.xa);
         let xa = |p: Proj| xa[p as usize].as_ref();
@@ -349,6 +365,7 @@ impl Layer {
             dn2 = sum(dn2, dx)?;
         }
         let Some(dn2) = dn2 else { return Ok(None) };
+        full::norm_backward(norm2, &dn2, &acts.x2, &acts.rstd2, grads)?;
         let dx2 = rms_norm::backward_add(&dn2, &acts.x2, &self.mlp_norm, &acts.rstd2, Some(dy))?;
         drop(dn2);
 
@@ -379,6 +396,8 @@ impl Layer {
             let back = |d: Tensor, (before, rstd): &BeforeNorm, weight: &Tensor| {
                 rms_norm::backward(&d.reshape(before.shape())?, before, weight, rstd)
             };
+            full::norm_backward(q_norm, &dq.reshape(q.0.shape())?, &q.0, &q.1, grads)?;
+            full::norm_backward(k_norm, &dk.reshape(k.0.shape())?, &k.0, &k.1, grads)?;
             (dq, dk) = (back(dq, q, q_weight)?, back(dk, k, k_weight)?);
         }
         if acts.n1.is_none() && adapted(&[Proj::Q, Proj::K, Proj::V]) {
@@ -389,10 +408,14 @@ impl Layer {
         let mut dn1 = None;
         for (p, d) in [(Proj::Q, dq), (Proj::K, dk), (Proj::V, dv)] {
             let (d, slot) = (d.reshape((tokens, ()))?, adapter.slot(p));
-            let dx = self.linear(p).backward(&d, n1, xa(p), slot, need_dx, grads)?;
+            let dx = self.linear(p).backward(&d, n1, xa(p), slot, reach_norm1, grads)?;
             dn1 = sum(dn1, dx)?;
         }
         let Some(dn1) = dn1 else { return Ok(None) };
+        full::norm_backward(norm1, &dn1, &acts.x, &acts.rstd1, grads)?;
+        if !need_dx {
+            return Ok(None);
+        }
         let (x, norm, rstd) = (&acts.x, &self.input_norm, &acts.rstd1);
         Ok(Some(rms_norm::backward_add(&dn1, x, norm, rstd, Some(&dx2))?))
     }

@@ -7,10 +7,13 @@
 
 pub mod adapter;
 pub mod batch;
+pub mod combine;
 pub mod config;
 mod config_gguf;
 mod config_hf;
 pub mod decoder;
+mod dora;
+mod full;
 pub mod generate;
 pub mod gguf;
 pub mod gguf_tokenizer;
@@ -19,8 +22,10 @@ pub mod lora;
 pub mod lora_match;
 pub mod merge;
 pub mod peft;
+pub mod residual;
 pub mod safetensors_file;
 pub mod score;
+pub mod svd;
 pub mod weights;
 
 #[cfg(test)]

@@ -42,6 +42,18 @@ pub enum Init {
     Default,
     /// Normal with standard deviation 1/r, as PEFT has it.
     Gaussian,
+    /// A and B from the largest singular values of W, which is lessened by s·BA (Meng et al.
+    /// 2024). [`crate::residual`] says how.
+    Pissa,
+    /// A and B from the QR decomposition of W, which is lessened by s·BA (Büyükakyüz 2024).
+    Olora,
+}
+
+impl Init {
+    /// Whether A and B come from W, and W is lessened by what they make.
+    pub fn from_weights(self) -> bool {
+        matches!(self, Self::Pissa | Self::Olora)
+    }
 }
 
 /// An adapter's configuration, in PEFT's words.
@@ -67,6 +79,10 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// How A starts.
     pub init_lora_weights: Init,
+    /// Train a magnitude of each row of W + sBA beside them (Liu et al. 2024).
+    pub use_dora: bool,
+    /// Whole modules that are trained and stored beside the low-rank ones: names like `lm_head`.
+    pub modules_to_save: Vec<String>,
 }
 
 impl Default for LoraConfig {
@@ -83,6 +99,8 @@ impl Default for LoraConfig {
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
             init_lora_weights: Init::Default,
+            use_dora: false,
+            modules_to_save: Vec::new(),
         }
     }
 }
@@ -111,20 +129,51 @@ pub struct LoraModule {
     pub a: Tensor,
     /// B: [out, r], f32.
     pub b: Tensor,
+    /// DoRA's magnitude m: [out], f32. y = (m/‖W + sBA‖)·(Wx + sBAx), norms by row.
+    pub magnitude: Option<Tensor>,
 }
 
-/// An adapter: its configuration and its modules in model order.
+/// A tensor of the base that is trained as a whole.
+#[derive(Debug, Clone)]
+pub struct SavedTensor {
+    /// Hugging Face's name: `lm_head.weight`.
+    pub name: String,
+    /// Values, f32, in the shape of the base's.
+    pub tensor: Tensor,
+}
+
+/// What a trainable tensor is, as far as the optimizer cares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A of a module.
+    A,
+    /// B of a module.
+    B,
+    /// DoRA's magnitude.
+    Magnitude,
+    /// A whole matrix of the base.
+    Weight,
+    /// A whole norm or bias of the base, which weight decay leaves alone.
+    Undecayed,
+}
+
+/// What is trained on a base: low-rank modules, and tensors that take the place of the base's. An
+/// adapter has the first and seldom the second; full fine-tuning has the second alone.
 #[derive(Debug, Clone)]
 pub struct Lora {
     /// Configuration it was made with.
     pub config: LoraConfig,
     /// One entry per adapted layer, in model order.
     pub modules: Vec<LoraModule>,
+    /// Tensors trained as a whole (`modules_to_save`), in model order.
+    pub saved: Vec<SavedTensor>,
 }
 
 impl Lora {
     /// A fresh adapter on the CPU: A random, B zero. Every module draws from its own stream,
-    /// named by the seed and the module's path, so its values depend on nothing else.
+    /// named by the seed and the module's path, so its values depend on nothing else. What comes
+    /// from the weights (DoRA's magnitudes, PiSSA, OLoRA, `modules_to_save`) is added by
+    /// [`Lora::init_from`].
     ///
     /// # Errors
     /// When the configuration does not fit the model ([`LoraConfig::resolve`]).
@@ -147,6 +196,7 @@ impl Lora {
                         let std = 1.0 / m.r as f64;
                         (0..m.r * n_in).map(|_| (normal(&mut rng) * std) as f32).collect()
                     }
+                    Init::Pissa | Init::Olora => vec![0.0; m.r * n_in],
                 };
                 let device = Device::Cpu;
                 let a = Tensor::from_vec(values, (m.r, n_in), &device);
@@ -158,11 +208,31 @@ impl Lora {
                     scale: config.scale(m.r, m.alpha),
                     a: a.context("cannot make an adapter's A")?,
                     b: b.context("cannot make an adapter's B")?,
+                    magnitude: None,
                     path: m.module.path,
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { config: config.clone(), modules })
+        Ok(Self { config: config.clone(), modules, saved: Vec::new() })
+    }
+
+    /// The trainable tensors, in the order of gradients and optimizer state: A, B and magnitude of
+    /// each module, then the whole ones.
+    pub fn tensors(&self) -> impl Iterator<Item = (Role, &Tensor)> {
+        let modules = self.modules.iter().flat_map(|m| {
+            let magnitude = m.magnitude.as_ref().map(|t| (Role::Magnitude, t));
+            [(Role::A, &m.a), (Role::B, &m.b)].into_iter().chain(magnitude)
+        });
+        modules.chain(self.saved.iter().map(|s| (s.role(), &s.tensor)))
+    }
+
+    /// [`Self::tensors`], to change them.
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        let modules = self
+            .modules
+            .iter_mut()
+            .flat_map(|m| [&mut m.a, &mut m.b].into_iter().chain(m.magnitude.as_mut()));
+        modules.chain(self.saved.iter_mut().map(|s| &mut s.tensor))
     }
 
     /// The same adapter with its matrices on another device.
@@ -171,10 +241,8 @@ impl Lora {
     /// When the device has no room.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let mut out = self.clone();
-        for m in &mut out.modules {
-            let moved = m.a.to_device(device).and_then(|a| Ok((a, m.b.to_device(device)?)));
-            (m.a, m.b) =
-                moved.with_context(|| format!("cannot move the adapter of `{}`", m.path))?;
+        for tensor in out.tensors_mut() {
+            *tensor = tensor.to_device(device).context("cannot move the adapter")?;
         }
         Ok(out)
     }
@@ -184,9 +252,17 @@ impl Lora {
         self.modules.iter().find(|m| m.path == path)
     }
 
-    /// Number of trainable parameters: Σ r(in + out).
+    /// Number of trainable parameters: Σ r(in + out), Σ out of DoRA's magnitudes, and the tensors
+    /// trained as a whole.
     pub fn trainable_parameters(&self) -> usize {
-        self.modules.iter().map(|m| m.r * (m.in_features + m.out_features)).sum()
+        self.tensors().map(|(_, t)| t.elem_count()).sum()
+    }
+}
+
+impl SavedTensor {
+    /// Weight decay is for matrices: Hugging Face's trainer exempts norms and biases.
+    fn role(&self) -> Role {
+        if self.tensor.rank() == 2 { Role::Weight } else { Role::Undecayed }
     }
 }
 
@@ -258,5 +334,23 @@ mod tests {
         let config = LoraConfig { r: 4, ..LoraConfig::default() };
         let lora = Lora::init(&config, &modules(), 0).unwrap();
         assert_eq!(lora.trainable_parameters(), 2 * 4 * 500);
+    }
+
+    #[test]
+    fn the_papers_count_for_gpt3_comes_out() {
+        // Hu et al. 2021, table 4: r = 4 on q and v of 96 layers of width 12,288 are 18.9 M.
+        let width = 12_288;
+        let layer = |i: usize| {
+            ["q_proj", "v_proj"].map(|name| ModuleInfo {
+                path: format!("model.layers.{i}.self_attn.{name}"),
+                in_features: width,
+                out_features: width,
+            })
+        };
+        let modules: Vec<_> = (0..96).flat_map(layer).collect();
+        let config = LoraConfig { r: 4, ..LoraConfig::default() };
+        let resolved = config.resolve(&modules).unwrap();
+        let parameters = |m: &crate::lora_match::Resolved| m.r * 2 * width;
+        assert_eq!(resolved.iter().map(parameters).sum::<usize>(), 18_874_368);
     }
 }

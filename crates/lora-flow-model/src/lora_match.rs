@@ -76,6 +76,7 @@ impl LoraConfig {
             if !targets.matches(path)
                 || !in_layers
                 || excluded.as_ref().is_some_and(|e| e.matches(path))
+                || self.modules_to_save.iter().any(|e| path.ends_with(e.as_str()))
             {
                 continue;
             }

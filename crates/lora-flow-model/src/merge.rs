@@ -1,4 +1,6 @@
-//! Merging: W′ = W + s·B·A for every adapted layer, written as safetensors one tensor at a time.
+//! Merging: W′ = W + s·B·A for every adapted layer (each row scaled to its magnitude with DoRA),
+//! and the tensors trained as a whole in place of the base's; written as safetensors one tensor at
+//! a time.
 //!
 //! The sum is formed in f32, whatever the base is stored in, and rounded once; the report says
 //! what that rounding costs.
@@ -6,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use lora_flow_core::{Error, Result, ResultExt};
 use rayon::prelude::*;
@@ -17,6 +19,10 @@ use crate::lora::{Lora, LoraModule};
 use crate::peft::values;
 use crate::safetensors_file::{SafetensorsWriter, encode};
 use crate::weights::{INDEX, WeightSource};
+
+/// Files of a model's folder that go on to what is made of it as they are.
+pub const CARRIED: &[&str] =
+    &["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"];
 
 /// Values measured side by side.
 const LANES: usize = 16;
@@ -72,8 +78,19 @@ pub fn merge_weights(
     let dtype = options.dtype;
     let adapters: BTreeMap<String, &LoraModule> =
         lora.modules.iter().map(|m| (format!("{}.weight", m.path), m)).collect();
+    let whole: BTreeMap<&str, &Tensor> =
+        lora.saved.iter().map(|s| (s.name.as_str(), &s.tensor)).collect();
     let mut tensors = config.tensors();
     tensors.sort();
+    for s in &lora.saved {
+        if !tensors.iter().any(|(name, shape)| *name == s.name && shape == s.tensor.dims()) {
+            return Err(Error::new(format!(
+                "the adapter replaces `{}` {:?}, which the model lacks or has in another shape",
+                s.name,
+                s.tensor.dims()
+            )));
+        }
+    }
     if let Some(name) = adapters.keys().find(|n| !tensors.iter().any(|(t, _)| t == *n)) {
         return Err(Error::new(format!("the adapter changes `{name}`, which the model lacks")));
     }
@@ -94,9 +111,14 @@ pub fn merge_weights(
             shard.iter().map(|(name, shape)| (name.clone(), dtype, shape.clone())).collect();
         let mut writer = SafetensorsWriter::create(&dir.join(&file), &announced)?;
         for (name, shape) in shard.iter() {
-            match adapters.get(name) {
-                None => writer.write(name, &base_bytes(source, name, shape, dtype)?)?,
-                Some(module) => {
+            match (adapters.get(name), whole.get(name.as_str())) {
+                (None, None) => writer.write(name, &base_bytes(source, name, shape, dtype)?)?,
+                (_, Some(tensor)) => {
+                    let values = values(tensor).with_context(|| format!("cannot read `{name}`"))?;
+                    check_range(&values, dtype, name)?;
+                    writer.write(name, &encode(&values, dtype))?;
+                }
+                (Some(module), None) => {
                     let (bytes, rounding) = merged_bytes(source, name, shape, module, dtype)?;
                     writer.write(name, &bytes)?;
                     roundings.insert(module.path.clone(), rounding);
@@ -200,25 +222,34 @@ impl Norms {
     }
 }
 
-/// W += s·B·A in f32, row by row; each row sums over the rank in order, so the bits do not depend
-/// on the number of threads.
+/// W += s·B·A in f32, row by row, and with DoRA W ← m/‖W‖·W; each row sums over the rank in order,
+/// so the bits do not depend on the number of threads.
 fn add_delta(weight: &mut [f32], module: &LoraModule, dtype: DType) -> candle_core::Result<Norms> {
     let (n_in, r) = (module.in_features, module.r);
     let (a, b) = (values(&module.a)?, values(&module.b)?);
     let scale = module.scale as f32;
+    let magnitudes = module.magnitude.as_ref().map(values).transpose()?;
     let rows: Vec<Norms> = weight
         .par_chunks_mut(n_in)
         .zip(b.par_chunks(r))
-        .map(|(row, b_row)| {
+        .enumerate()
+        .map(|(i, (row, b_row))| {
             let mut delta = vec![0f32; n_in];
             for (b, a_row) in b_row.iter().zip(a.chunks(n_in)) {
                 delta.iter_mut().zip(a_row).for_each(|(d, a)| *d += b * a);
+            }
+            delta.iter_mut().for_each(|d| *d *= scale);
+            if let Some(magnitudes) = &magnitudes {
+                let sum = || row.iter().zip(&delta).map(|(w, d)| w + d);
+                let norm = sum().map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+                let gain = (f64::from(magnitudes[i]) / norm) as f32;
+                delta.iter_mut().zip(&*row).for_each(|(d, w)| *d = gain * (w + *d) - w);
             }
             // Lanes, so that the sums of the report do not slow the loop down.
             let mut lanes = [[0f32; LANES]; 4];
             for (w, d) in row.chunks_mut(LANES).zip(delta.chunks(LANES)) {
                 for (lane, (w, d)) in w.iter_mut().zip(d).enumerate() {
-                    let change = scale * d;
+                    let change = *d;
                     *w += change;
                     let error = round(*w, dtype) - *w;
                     lanes[0][lane] = lanes[0][lane].max(change.abs());

@@ -11,7 +11,7 @@ use lora_flow_core::{Artifact, Error, Result, ResultExt};
 use serde_json::{Map, Value, json};
 
 use crate::config::ModuleInfo;
-use crate::lora::{Init, Lora, LoraConfig, LoraModule, TargetModules};
+use crate::lora::{Init, Lora, LoraConfig, LoraModule, SavedTensor, TargetModules};
 use crate::lora_match::suffixes;
 use crate::safetensors_file::{SafetensorsFile, SafetensorsWriter, encode};
 use crate::weights::list;
@@ -48,6 +48,12 @@ impl Lora {
         for m in &self.modules {
             tensors.insert(tensor_name(&m.path, 'A'), &m.a);
             tensors.insert(tensor_name(&m.path, 'B'), &m.b);
+            if let Some(magnitude) = &m.magnitude {
+                tensors.insert(magnitude_name(&m.path), magnitude);
+            }
+        }
+        for saved in &self.saved {
+            tensors.insert(format!("{PREFIX}{}", saved.name), &saved.tensor);
         }
         let announced: Vec<_> =
             tensors.iter().map(|(name, t)| (name.clone(), DType::F32, t.dims().to_vec())).collect();
@@ -94,6 +100,8 @@ impl Lora {
             "init_lora_weights": match config.init_lora_weights {
                 Init::Default => json!(true),
                 Init::Gaussian => json!("gaussian"),
+                Init::Pissa => json!("pissa"),
+                Init::Olora => json!("olora"),
             },
             "layer_replication": null,
             "layers_pattern": null,
@@ -104,7 +112,10 @@ impl Lora {
             "lora_dropout": config.lora_dropout,
             "megatron_config": null,
             "megatron_core": "megatron.core",
-            "modules_to_save": null,
+            "modules_to_save": match config.modules_to_save.as_slice() {
+                [] => Value::Null,
+                names => sorted(names.iter().map(String::as_str).collect()),
+            },
             "peft_type": "LORA",
             "qalora_group_size": 16,
             "r": config.r,
@@ -114,13 +125,14 @@ impl Lora {
             "target_parameters": null,
             "task_type": "CAUSAL_LM",
             "trainable_token_indices": null,
-            "use_dora": false,
+            "use_dora": config.use_dora,
             "use_qalora": false,
             "use_rslora": config.use_rslora,
         })
     }
 
-    /// Reads an adapter for a model with these linear layers, onto the CPU.
+    /// Reads an adapter for a model with these linear layers, onto the CPU. Tensors of
+    /// `modules_to_save` are checked against the model where it is run.
     ///
     /// # Errors
     /// When the configuration is not supported or does not fit the model, or the tensors are not
@@ -135,30 +147,41 @@ impl Lora {
 
         let mut expected = BTreeMap::new();
         for m in &resolved {
-            expected.insert(tensor_name(&m.module.path, 'A'), [m.r, m.module.in_features]);
-            expected.insert(tensor_name(&m.module.path, 'B'), [m.module.out_features, m.r]);
+            expected.insert(tensor_name(&m.module.path, 'A'), vec![m.r, m.module.in_features]);
+            expected.insert(tensor_name(&m.module.path, 'B'), vec![m.module.out_features, m.r]);
+            if config.use_dora {
+                expected.insert(magnitude_name(&m.module.path), vec![m.module.out_features]);
+            }
+        }
+        let whole = saved_in(&file, &config.modules_to_save)?;
+        for (name, shape) in &whole {
+            expected.insert(format!("{PREFIX}{name}"), shape.clone());
         }
         check_tensors(&file, &expected)?;
 
+        let read = |name: String| -> Result<Tensor> {
+            let values = file.read_f32(&name)?;
+            if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
+                return Err(Error::new(format!("tensor `{name}` of the adapter holds {bad}"))
+                    .with_hint("the training that made it diverged"));
+            }
+            let shape = expected.get(&name).cloned().unwrap_or_default();
+            Tensor::from_vec(values, shape, &Device::Cpu)
+                .with_context(|| format!("cannot make tensor `{name}`"))
+        };
+        let saved = whole
+            .into_iter()
+            .map(|(name, _)| Ok(SavedTensor { tensor: read(format!("{PREFIX}{name}"))?, name }))
+            .collect::<Result<_>>()?;
         let modules = resolved
             .into_iter()
             .map(|m| {
-                let read = |which| -> Result<Tensor> {
-                    let name = tensor_name(&m.module.path, which);
-                    let values = file.read_f32(&name)?;
-                    if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
-                        return Err(Error::new(format!(
-                            "tensor `{name}` of the adapter holds {bad}"
-                        ))
-                        .with_hint("the training that made it diverged"));
-                    }
-                    let shape = expected.get(&name).copied().unwrap_or_default();
-                    Tensor::from_vec(values, &shape[..], &Device::Cpu)
-                        .with_context(|| format!("cannot make tensor `{name}`"))
-                };
+                let path = &m.module.path;
+                let magnitude = config.use_dora.then(|| read(magnitude_name(path)));
                 Ok(LoraModule {
-                    a: read('A')?,
-                    b: read('B')?,
+                    a: read(tensor_name(path, 'A'))?,
+                    b: read(tensor_name(path, 'B'))?,
+                    magnitude: magnitude.transpose()?,
                     in_features: m.module.in_features,
                     out_features: m.module.out_features,
                     r: m.r,
@@ -167,7 +190,7 @@ impl Lora {
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { config, modules })
+        Ok(Self { config, modules, saved })
     }
 }
 
@@ -267,6 +290,16 @@ fn parse_config(map: &Map<String, Value>) -> Result<LoraConfig> {
         alpha_pattern: alphas,
         use_rslora: boolean("use_rslora")?,
         init_lora_weights: init,
+        use_dora: boolean("use_dora")?,
+        modules_to_save: match get("modules_to_save") {
+            None => Vec::new(),
+            Some(Value::Array(list)) => list
+                .iter()
+                .map(|v| v.as_str().map(str::to_owned))
+                .collect::<Option<_>>()
+                .ok_or_else(|| wrong("modules_to_save", "a list of names"))?,
+            Some(_) => return Err(wrong("modules_to_save", "a list of names")),
+        },
     })
 }
 
@@ -289,6 +322,8 @@ fn check_supported(name: &str, value: &Value) -> Result<()> {
         | "layers_to_transform"
         | "rank_pattern"
         | "alpha_pattern"
+        | "modules_to_save"
+        | "use_dora"
         | "use_rslora" => true,
         "bias" => value.as_str() == Some("none"),
         "task_type" => value.as_str().is_none_or(|t| t == "CAUSAL_LM"),
@@ -307,7 +342,7 @@ fn check_supported(name: &str, value: &Value) -> Result<()> {
 }
 
 /// The file must hold exactly the expected tensors.
-fn check_tensors(file: &SafetensorsFile, expected: &BTreeMap<String, [usize; 2]>) -> Result<()> {
+fn check_tensors(file: &SafetensorsFile, expected: &BTreeMap<String, Vec<usize>>) -> Result<()> {
     let mut problems = Vec::new();
     let there = file.tensors();
     let missing: Vec<_> = expected.keys().filter(|n| !there.contains_key(*n)).collect();
@@ -344,6 +379,36 @@ fn check_tensors(file: &SafetensorsFile, expected: &BTreeMap<String, [usize; 2]>
 
 fn tensor_name(path: &str, which: char) -> String {
     format!("{PREFIX}{path}.lora_{which}.weight")
+}
+
+/// Name and shape of the tensors that `modules_to_save` put into a file.
+fn saved_in(file: &SafetensorsFile, entries: &[String]) -> Result<Vec<(String, Vec<usize>)>> {
+    let tensors = file.tensors().iter().filter_map(|(name, info)| {
+        let name = name.strip_prefix(PREFIX).filter(|n| !n.contains(".lora_"))?;
+        Some((name.to_owned(), info.shape.clone()))
+    });
+    let tensors: Vec<_> = tensors.collect();
+    let missing: Vec<_> =
+        entries.iter().filter(|e| !tensors.iter().any(|(name, _)| is_of_module(name, e))).collect();
+    if !missing.is_empty() {
+        return Err(Error::new(format!(
+            "the adapter's `{WEIGHTS}` has no tensor of {}, which its `modules_to_save` names",
+            list(&missing)
+        )));
+    }
+    let asked = |name: &str| entries.iter().any(|e| is_of_module(name, e));
+    Ok(tensors.into_iter().filter(|(name, _)| asked(name)).collect())
+}
+
+/// Whether a tensor belongs to a module whose path ends in `entry`: PEFT's rule, by which `norm`
+/// means `input_layernorm` as well.
+pub(crate) fn is_of_module(tensor: &str, entry: &str) -> bool {
+    tensor.rsplit_once('.').is_some_and(|(module, _)| module.ends_with(entry))
+}
+
+/// PEFT leaves out `.weight` here.
+fn magnitude_name(path: &str) -> String {
+    format!("{PREFIX}{path}.lora_magnitude_vector")
 }
 
 /// Whole numbers as integers, as Python writes them.

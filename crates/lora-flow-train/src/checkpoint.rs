@@ -4,16 +4,17 @@
 //! written under another name, made durable, and renamed, so that a folder with the final name is
 //! whole. The last two are kept.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use lora_flow_core::{Digest, Error, Result, ResultExt};
-use safetensors::tensor::TensorView;
+use lora_flow_model::safetensors_file::{SafetensorsWriter, encode};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout; others are ignored.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Checkpoints that are kept.
 const KEEP: usize = 2;
 const PREFIX: &str = "step-";
@@ -43,6 +44,14 @@ pub(crate) struct State {
     pub(crate) last_eval: Option<(u64, u64)>,
     /// Step and loss of the best evaluation.
     pub(crate) best: Option<(u64, u64)>,
+    /// Evaluations in a row that did not lower the loss.
+    pub(crate) stale: u64,
+    /// Whether early stopping has ended the run.
+    pub(crate) stopped: bool,
+    /// Losses and gradient norms of the last steps.
+    pub(crate) history: Vec<(u64, u64)>,
+    /// The rate that `learning_rate: auto` found.
+    pub(crate) found_rate: Option<u64>,
 }
 
 /// A checkpoint in memory.
@@ -56,31 +65,44 @@ pub(crate) struct Checkpoint {
     pub(crate) best: Vec<Vec<f32>>,
 }
 
-impl Checkpoint {
-    /// Writes the checkpoint of `identity` into `dir` and removes all but the last two.
-    pub(crate) fn save(&mut self, dir: &Path, identity: Digest) -> Result<()> {
-        self.state.version = VERSION;
-        self.state.identity = Some(identity);
-        let name = format!("{PREFIX}{:08}", self.state.step);
-        let (target, temporary) = (dir.join(&name), dir.join(format!(".{name}.tmp")));
-        for old in [&temporary, &target] {
-            if old.exists() {
-                fs_err::remove_dir_all(old)?;
-            }
-        }
-        fs_err::create_dir_all(&temporary)?;
-        write_durable(&temporary.join(TENSORS), &self.tensors()?)?;
-        write_durable(&temporary.join(STATE), &serde_json::to_vec_pretty(&self.state)?)?;
-        sync_dir(&temporary)?;
-        fs_err::rename(&temporary, &target)?;
-        sync_dir(dir)?;
-        let found = list(dir)?;
-        for old in &found[..found.len().saturating_sub(KEEP)] {
+/// What a checkpoint is written from; nothing is copied, for it may be as large as the model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tensors<'a> {
+    pub(crate) params: &'a [Vec<f32>],
+    pub(crate) m: &'a [Vec<f32>],
+    pub(crate) v: &'a [Vec<f32>],
+    pub(crate) best: &'a [Vec<f32>],
+}
+
+/// Writes the checkpoint of `identity` into `dir` and removes all but the last two.
+pub(crate) fn save(
+    dir: &Path,
+    identity: Digest,
+    state: &State,
+    tensors: Tensors<'_>,
+) -> Result<()> {
+    let state = State { version: VERSION, identity: Some(identity), ..state.clone() };
+    let name = format!("{PREFIX}{:08}", state.step);
+    let (target, temporary) = (dir.join(&name), dir.join(format!(".{name}.tmp")));
+    for old in [&temporary, &target] {
+        if old.exists() {
             fs_err::remove_dir_all(old)?;
         }
-        Ok(())
     }
+    fs_err::create_dir_all(&temporary)?;
+    write_tensors(&temporary.join(TENSORS), tensors)?;
+    write_durable(&temporary.join(STATE), &serde_json::to_vec_pretty(&state)?)?;
+    sync_dir(&temporary)?;
+    fs_err::rename(&temporary, &target)?;
+    sync_dir(dir)?;
+    let found = list(dir)?;
+    for old in &found[..found.len().saturating_sub(KEEP)] {
+        fs_err::remove_dir_all(old)?;
+    }
+    Ok(())
+}
 
+impl Checkpoint {
     /// The newest whole checkpoint of `identity` in `dir`. Those of other runs and damaged ones
     /// are passed over.
     pub(crate) fn load_last(
@@ -119,27 +141,27 @@ impl Checkpoint {
         let (params, m, v) = (group("param")?, group("m")?, group("v")?);
         Ok(Some(Self { state, params, m, v, best }))
     }
+}
 
-    fn tensors(&self) -> Result<Vec<u8>> {
-        let groups =
-            [("param", &self.params), ("m", &self.m), ("v", &self.v), ("best", &self.best)];
-        let bytes: Vec<(String, Vec<u8>)> = groups
-            .iter()
-            .flat_map(|(name, tensors)| tensors.iter().enumerate().map(move |t| (name, t)))
-            .map(|(name, (i, t))| {
-                (format!("{name}.{i}"), t.iter().flat_map(|x| x.to_le_bytes()).collect())
-            })
-            .collect();
-        let views: HashMap<&str, TensorView<'_>> = bytes
-            .iter()
-            .map(|(name, bytes)| {
-                let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes)
-                    .context("cannot serialise a checkpoint")?;
-                Ok((name.as_str(), view))
-            })
-            .collect::<Result<_>>()?;
-        safetensors::serialize(views, None).context("cannot serialise a checkpoint")
+fn write_tensors(path: &Path, tensors: Tensors<'_>) -> Result<()> {
+    let Tensors { params, m, v, best } = tensors;
+    let groups = [("param", params), ("m", m), ("v", v), ("best", best)];
+    // By name, as the format's header has them.
+    let named: BTreeMap<String, &Vec<f32>> = groups
+        .iter()
+        .flat_map(|(name, tensors)| {
+            tensors.iter().enumerate().map(move |(i, t)| (format!("{name}.{i}"), t))
+        })
+        .collect();
+    let announced: Vec<_> =
+        named.iter().map(|(name, t)| (name.clone(), DType::F32, vec![t.len()])).collect();
+    let mut writer = SafetensorsWriter::create(path, &announced)?;
+    for (name, values) in named {
+        writer.write(&name, &encode(values, DType::F32))?;
     }
+    writer.finish()?;
+    fs_err::File::open(path)?.sync_all()?;
+    Ok(())
 }
 
 /// Checkpoint folders by step.
@@ -194,7 +216,9 @@ mod tests {
         let load = |identity| Checkpoint::load_last(dir.path(), identity, &[2, 1]).unwrap();
         assert!(load(ours).is_none());
         for step in [5, 10, 15] {
-            sample(step).save(dir.path(), ours).unwrap();
+            let Checkpoint { state, params, m, v, best } = sample(step);
+            let tensors = Tensors { params: &params, m: &m, v: &v, best: &best };
+            save(dir.path(), ours, &state, tensors).unwrap();
         }
         assert_eq!(list(dir.path()).unwrap().len(), 2);
         let mut expected = sample(15);

@@ -2,8 +2,63 @@
 //! `TrainingArguments` where it has them.
 
 use lora_flow_core::Problem;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// An adapter; the base stays as it is.
+    #[default]
+    Lora,
+    /// Every weight of the model.
+    Full,
+}
+
+/// What a spike of loss or gradient norm leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnSpike {
+    /// A warning.
+    #[default]
+    Warn,
+    /// The end of the run, with a checkpoint.
+    Stop,
+}
+
+/// Where metrics go beside `log.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ReportTo {
+    /// Event files for TensorBoard, in the metrics' folder `tensorboard`.
+    Tensorboard,
+}
+
+/// `learning_rate: auto` in [`TrainConfig`]: no number, so that nobody trains with it unawares.
+pub const AUTO: f64 = f64::NAN;
+
+/// A learning rate or `auto`.
+mod rate {
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(rate: &f64, s: S) -> Result<S::Ok, S::Error> {
+        if rate.is_nan() { s.serialize_str("auto") } else { s.serialize_f64(*rate) }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
+        match serde_json::Value::deserialize(d)? {
+            serde_json::Value::String(text) if text == "auto" => Ok(super::AUTO),
+            value => value.as_f64().ok_or_else(|| {
+                de::Error::custom(format!("expected a number or `auto`, found {value}"))
+            }),
+        }
+    }
+}
+
+fn rate_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "anyOf": [{ "type": "number" }, { "enum": ["auto"] }] })
+}
 
 /// Shape of the learning rate over the steps, after the warmup. Formulas of `transformers`
 /// (`optimization.py`).
@@ -78,8 +133,14 @@ pub struct LrSchedulerKwargs {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Highest learning rate. LoRA takes about ten times that of full fine-tuning.
-    #[serde(default = "default::learning_rate")]
+    /// `lora` trains the adapter of the input `adapter`; `full` trains every weight, takes no
+    /// adapter and makes a model.
+    #[serde(default)]
+    pub method: Method,
+    /// Highest learning rate. LoRA takes about ten times that of full fine-tuning. `auto` finds
+    /// one by a short range test before the run and reports its curve (`lr_range.json`).
+    #[serde(default = "default::learning_rate", with = "rate")]
+    #[schemars(schema_with = "rate_schema")]
     pub learning_rate: f64,
     /// Shape of the learning rate over the steps.
     #[serde(default)]
@@ -142,6 +203,22 @@ pub struct TrainConfig {
     /// Return the adapter with the lowest evaluation loss instead of the last one.
     #[serde(default)]
     pub load_best_model_at_end: bool,
+    /// Stop after this many evaluations in a row that did not lower the loss.
+    #[serde(default)]
+    pub early_stopping_patience: Option<u64>,
+    /// By how much an evaluation must lower the loss to count for `early_stopping_patience`.
+    #[serde(default)]
+    pub early_stopping_threshold: f64,
+    /// A loss or gradient norm above this many times the median of the last 32 steps is a spike.
+    /// Left out, nothing is. (A loss that is no number ends the run in any case.)
+    #[serde(default)]
+    pub spike_factor: Option<f64>,
+    /// What a spike leads to: `warn` or `stop`.
+    #[serde(default)]
+    pub on_spike: OnSpike,
+    /// Further ways to report metrics: `[tensorboard]`.
+    #[serde(default)]
+    pub report_to: Vec<ReportTo>,
     /// Keep only the residual stream between the layers and run each layer's forward again in the
     /// backward: about a third more work for a fraction of the memory. Same result.
     #[serde(default)]
@@ -187,6 +264,7 @@ mod default {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
+            method: Method::default(),
             learning_rate: default::learning_rate(),
             lr_scheduler_type: LrSchedulerType::default(),
             lr_scheduler_kwargs: LrSchedulerKwargs::default(),
@@ -208,6 +286,11 @@ impl Default for TrainConfig {
             per_device_eval_batch_size: default::batch_size(),
             save_steps: default::save_steps(),
             load_best_model_at_end: false,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
+            spike_factor: None,
+            on_spike: OnSpike::default(),
+            report_to: Vec::new(),
             gradient_checkpointing: false,
         }
     }
@@ -224,17 +307,20 @@ impl TrainConfig {
             }
         };
         let positive = |x: f64| x > 0.0 && x.is_finite();
+        let rate = if self.learning_rate.is_nan() { 1.0 } else { self.learning_rate };
         for (field, value) in [
-            ("learning_rate", self.learning_rate),
+            ("learning_rate", rate),
             ("num_train_epochs", self.num_train_epochs),
             ("adam_epsilon", self.adam_epsilon),
             ("loraplus_lr_ratio", self.loraplus_lr_ratio.unwrap_or(1.0)),
         ] {
             check(positive(value), field, value.to_string(), "be above 0");
         }
-        for (field, value) in
-            [("max_grad_norm", self.max_grad_norm), ("weight_decay", self.weight_decay)]
-        {
+        for (field, value) in [
+            ("max_grad_norm", self.max_grad_norm),
+            ("weight_decay", self.weight_decay),
+            ("early_stopping_threshold", self.early_stopping_threshold),
+        ] {
             let good = value >= 0.0 && value.is_finite();
             check(good, field, value.to_string(), "not be negative");
         }
@@ -254,9 +340,12 @@ impl TrainConfig {
             ("save_steps", self.save_steps),
             ("max_steps", self.max_steps.unwrap_or(1)),
             ("eval_steps", self.eval_steps.unwrap_or(1)),
+            ("early_stopping_patience", self.early_stopping_patience.unwrap_or(1)),
         ] {
             check(value > 0, field, value.to_string(), "be at least 1");
         }
+        let factor = self.spike_factor.unwrap_or(2.0);
+        check(factor > 1.0, "spike_factor", factor.to_string(), "be above 1");
         if let Some(steps) = self.max_steps.filter(|s| *s > 0 && self.warmup_steps > *s) {
             let message = format!(
                 "`warmup_steps` is {}, more than the {steps} of `max_steps`",
@@ -272,6 +361,19 @@ impl TrainConfig {
                 )
                 .with_hint("set `eval_steps` and connect the input `eval`"),
             );
+        }
+        if self.early_stopping_patience.is_some() && self.eval_steps.is_none() {
+            problems.push(
+                Problem::at(
+                    "/early_stopping_patience",
+                    "`early_stopping_patience` counts evaluations, and there are none",
+                )
+                .with_hint("set `eval_steps` and connect the input `eval`"),
+            );
+        }
+        if self.method == Method::Full && self.loraplus_lr_ratio.is_some() {
+            let message = "`loraplus_lr_ratio` is for adapters; `method: full` has none";
+            problems.push(Problem::at("/loraplus_lr_ratio", message));
         }
         problems.extend(self.kwargs_problems());
         problems
@@ -313,7 +415,9 @@ impl TrainConfig {
                 "`min_lr` and `min_lr_rate` say the same thing twice",
             ));
         }
-        if let Some(end) = k.lr_end.filter(|end| !(*end >= 0.0 && *end < self.learning_rate)) {
+        if let Some(end) =
+            k.lr_end.filter(|end| end.is_nan() || *end < 0.0 || *end >= self.learning_rate)
+        {
             problems.push(Problem::at(
                 "/lr_scheduler_kwargs/lr_end",
                 format!("`lr_end` is {end}, it must be at least 0 and below `learning_rate`"),

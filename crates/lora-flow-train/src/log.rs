@@ -69,8 +69,8 @@ impl Log {
     }
 }
 
-/// Most memory that the process has held, in bytes; 0 where the system does not say.
-pub fn peak_rss_bytes() -> u64 {
+/// Most memory that the process has ever held, in bytes; 0 where the system does not say.
+pub(crate) fn max_rss_bytes() -> u64 {
     #[cfg(unix)]
     {
         // Linux counts in KiB, macOS in bytes.

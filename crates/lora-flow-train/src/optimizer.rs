@@ -1,10 +1,10 @@
-//! AdamW over the matrices of an adapter, and the clipping of its gradients.
+//! AdamW over what is trained, and the clipping of its gradients.
 
 use candle_core::{DType, Tensor};
 use lora_flow_core::{Error, Result, ResultExt};
 use lora_flow_kernels::{adamw, elementwise};
 use lora_flow_model::adapter::LoraGrads;
-use lora_flow_model::lora::Lora;
+use lora_flow_model::lora::{Lora, Role};
 
 use crate::config::TrainConfig;
 
@@ -19,7 +19,8 @@ pub struct AdamWSettings {
     pub epsilon: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Learning rate of B over that of A.
+    /// LoRA+: learning rate of B, and as in PEFT of everything with one dimension, over that of
+    /// the rest.
     pub b_ratio: f64,
 }
 
@@ -36,11 +37,12 @@ impl AdamWSettings {
     }
 }
 
-/// Parameters and moments, flat, in the order A, B of each module.
+/// Parameters and moments, flat, in the order of [`Lora::tensors`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdamW {
     settings: AdamWSettings,
-    /// Values of A and B of each module.
+    roles: Vec<Role>,
+    /// Values.
     pub params: Vec<Vec<f32>>,
     /// Running mean of the gradient.
     pub m: Vec<Vec<f32>>,
@@ -56,7 +58,8 @@ impl AdamW {
     pub fn new(lora: &Lora, settings: AdamWSettings) -> Result<Self> {
         let params = values(lora)?;
         let zeros: Vec<_> = params.iter().map(|p| vec![0.0; p.len()]).collect();
-        Ok(Self { settings, params, m: zeros.clone(), v: zeros })
+        let roles = lora.tensors().map(|(role, _)| role).collect();
+        Ok(Self { settings, roles, params, m: zeros.clone(), v: zeros })
     }
 
     /// One step; `step` counts from 1.
@@ -70,9 +73,13 @@ impl AdamW {
         let s = self.settings;
         let moments = self.m.iter_mut().zip(&mut self.v);
         let tensors = self.params.iter_mut().zip(grads.tensors()).zip(moments);
-        for (i, ((param, grad), (m, v))) in tensors.enumerate() {
-            let lr = if i % 2 == 1 { lr * s.b_ratio } else { lr };
-            let (b1, b2, eps, decay) = (s.beta1, s.beta2, s.epsilon, s.weight_decay);
+        for (((param, grad), (m, v)), role) in tensors.zip(&self.roles) {
+            let lr = match role {
+                Role::A | Role::Weight => lr,
+                Role::B | Role::Magnitude | Role::Undecayed => lr * s.b_ratio,
+            };
+            let decay = if *role == Role::Undecayed { 0.0 } else { s.weight_decay };
+            let (b1, b2, eps) = (s.beta1, s.beta2, s.epsilon);
             adamw::step(param, grad, m, v, lr, b1, b2, eps, decay, step)
                 .context("cannot update the adapter")?;
         }
@@ -88,17 +95,15 @@ impl AdamW {
     }
 }
 
-/// Values of A and B of each module, f32.
+/// Values of what is trained, f32.
 pub(crate) fn values(lora: &Lora) -> Result<Vec<Vec<f32>>> {
     let read = |t: &Tensor| t.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
-    let tensors = lora.modules.iter().flat_map(|m| [&m.a, &m.b]);
-    tensors.map(|t| read(t).context("cannot read the adapter")).collect()
+    lora.tensors().map(|(_, t)| read(t).context("cannot read the adapter")).collect()
 }
 
-/// Puts values of A and B of each module into the adapter's tensors.
+/// Puts values into the adapter's tensors.
 pub(crate) fn write(lora: &mut Lora, values: &[Vec<f32>]) -> Result<()> {
-    let tensors = lora.modules.iter_mut().flat_map(|m| [&mut m.a, &mut m.b]);
-    for (tensor, values) in tensors.zip(values) {
+    for (tensor, values) in lora.tensors_mut().zip(values) {
         *tensor = Tensor::from_slice(values, tensor.shape(), tensor.device())
             .and_then(|t| t.to_dtype(tensor.dtype()))
             .context("cannot place the adapter on the device")?;
@@ -125,7 +130,8 @@ mod tests {
 
     #[test]
     fn clipping_scales_all_tensors_together_and_only_down() {
-        let grads = LoraGrads { modules: vec![ModuleGrads { a: vec![3.0], b: vec![0.0, 4.0] }] };
+        let module = ModuleGrads { a: vec![3.0], b: vec![0.0, 4.0], magnitude: None };
+        let grads = LoraGrads { modules: vec![module], saved: Vec::new() };
         let mut clipped = grads.clone();
         assert_eq!(clip_grad_norm(&mut clipped, 1.0), 5.0);
         let expected = [3.0 / 5.000_001, 4.0 / 5.000_001];

@@ -32,6 +32,11 @@ impl Schedule {
         }
     }
 
+    /// The same shape with another highest rate.
+    pub fn with_learning_rate(self, learning_rate: f64) -> Self {
+        Self { learning_rate, ..self }
+    }
+
     /// Learning rate that the step uses which follows `done` finished steps.
     pub fn at(&self, done: u64) -> f64 {
         self.learning_rate * self.factor(done as f64)

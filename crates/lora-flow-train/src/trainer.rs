@@ -12,15 +12,19 @@ use lora_flow_model::decoder::{self, Decoder, PassOptions};
 use lora_flow_model::lora::Lora;
 use rand_chacha::rand_core::RngCore;
 
-use crate::LOG_FILE;
-use crate::checkpoint::{Checkpoint, State};
-use crate::config::TrainConfig;
+use crate::checkpoint::{self, Checkpoint, State, Tensors};
+use crate::config::{OnSpike, ReportTo, TrainConfig};
 use crate::evaluate::{Budget, MeanLoss, document_losses, mean_loss};
-use crate::log::{EvalLine, Log, StepLine, peak_rss_bytes};
+use crate::log::{EvalLine, Log, StepLine};
+use crate::lr_range::{self, RangeTest};
+use crate::memory::peak_rss_bytes;
 use crate::optimizer::{self, AdamW, AdamWSettings, clip_grad_norm};
 use crate::order::{DataOrder, Steps, stream};
 use crate::schedule::Schedule;
 use crate::sequences::{Loaded, Sequences, load, supervised};
+use crate::tensorboard::{self, EventFile};
+use crate::watchdog::watch;
+use crate::{LOG_FILE, LR_RANGE_FILE};
 
 /// Everything a run is made of.
 pub struct Run<'a> {
@@ -52,6 +56,10 @@ pub struct Outcome {
     pub lora: Lora,
     /// Steps of the whole run.
     pub steps: u64,
+    /// Whether early stopping ended it before its last step.
+    pub stopped_early: bool,
+    /// Highest learning rate: the one given, or the one that `auto` found.
+    pub learning_rate: f64,
     /// Step that a checkpoint gave, 0 for a run from the start.
     pub resumed_from: u64,
     /// Loss of the last step.
@@ -96,6 +104,7 @@ struct Trainer<'a> {
     optimizer: AdamW,
     grads: LoraGrads,
     log: Log,
+    events: Option<EventFile>,
     state: State,
     best: Vec<Vec<f32>>,
     resumed_from: u64,
@@ -110,6 +119,8 @@ struct StepResult {
     tokens: usize,
     grad_norm: f64,
     learning_rate: f64,
+    /// What about it is no number, and where.
+    bad: Option<String>,
 }
 
 impl StepResult {
@@ -138,11 +149,16 @@ impl<'a> Trainer<'a> {
             info(&run, format!("resuming after step {} of {}", state.step, steps.total));
         }
         let log = Log::open(&run.state_dir.join(LOG_FILE), state.log_bytes)?;
+        let events = match config.report_to.contains(&ReportTo::Tensorboard) {
+            true => Some(EventFile::create(&run.state_dir.join(tensorboard::FOLDER))?),
+            false => None,
+        };
         Ok(Self {
             identity,
             order,
             steps,
             schedule: Schedule::new(config, steps.total),
+            events,
             optimizer,
             grads: LoraGrads::zeros(&run.lora),
             log,
@@ -156,6 +172,14 @@ impl<'a> Trainer<'a> {
 
     fn run(mut self) -> Result<Outcome> {
         self.progress("");
+        if self.run.config.learning_rate.is_nan() {
+            let rate = match self.state.found_rate {
+                Some(bits) => f64::from_bits(bits),
+                None => self.find_rate()?,
+            };
+            self.state.found_rate = Some(rate.to_bits());
+            self.schedule = self.schedule.clone().with_learning_rate(rate);
+        }
         loop {
             // Before the step, so that a run that resumes here evaluates first as well.
             if self.evaluation_due() {
@@ -167,7 +191,7 @@ impl<'a> Trainer<'a> {
                 }
                 done?;
             }
-            if self.state.step >= self.steps.total {
+            if self.state.step >= self.steps.total || self.state.stopped {
                 break;
             }
             if self.run.cancel.is_cancelled() {
@@ -185,9 +209,63 @@ impl<'a> Trainer<'a> {
         self.finish()
     }
 
-    /// Forward and backward over the batches of the step, clipping, and the update.
+    /// The range test of `learning_rate: auto`, which leaves no trace but its curve.
+    fn find_rate(&mut self) -> Result<f64> {
+        info(&self.run, format!("looking for a learning rate in {} steps", lr_range::STEPS));
+        let before = self.optimizer.clone();
+        let mut test = RangeTest::default();
+        for i in 0..lr_range::STEPS {
+            if self.run.cancel.is_cancelled() {
+                return Err(Error::cancelled());
+            }
+            let result = self.gradients(i)?;
+            let rate = RangeTest::rate(i);
+            if result.bad.is_some() || !test.push(rate, result.loss()) {
+                break;
+            }
+            self.optimizer.step(&self.grads, rate, i + 1)?;
+            self.optimizer.write_to(&mut self.run.lora)?;
+            self.progress(&format!("rate {rate:.1e}: loss {:.3}", result.loss()));
+        }
+        self.optimizer = before;
+        self.optimizer.write_to(&mut self.run.lora)?;
+        let rate = test.choice().ok_or_else(|| {
+            Error::new("`learning_rate: auto` found no rate: the first loss is no number")
+                .with_hint("check the weights and the data")
+        })?;
+        let curve = serde_json::json!({ "learning_rate": rate, "curve": test.curve });
+        fs_err::write(
+            self.run.state_dir.join(LR_RANGE_FILE),
+            serde_json::to_string_pretty(&curve)? + "\n",
+        )?;
+        info(&self.run, format!("learning rate {rate:.1e}"));
+        Ok(rate)
+    }
+
+    /// Forward and backward over the batches of the step, clipping, and the update. A step whose
+    /// loss or gradient is no number ends the run before its update, with a checkpoint, so that
+    /// the same run begins with just this step when it is started again.
     fn step(&mut self) -> Result<StepResult> {
         let done = self.state.step;
+        let mut result = self.gradients(done)?;
+        if let Some(bad) = &result.bad {
+            let error = Error::new(format!("step {}: {bad}", done + 1)).with_hint(
+                "lower `learning_rate`, or look at these rows; run again to repeat just this \
+                 step: a checkpoint stands right before it",
+            );
+            self.save()?;
+            return Err(error);
+        }
+        let learning_rate = self.schedule.at(done);
+        result.learning_rate = learning_rate;
+        self.optimizer.step(&self.grads, learning_rate, done + 1)?;
+        self.optimizer.write_to(&mut self.run.lora)?;
+        self.state.step += 1;
+        Ok(result)
+    }
+
+    /// Loss and clipped gradient of the step that follows `done` others.
+    fn gradients(&mut self, done: u64) -> Result<StepResult> {
         let rows = self.order.step(done);
         let passes: Vec<Loaded> =
             rows.iter().map(|rows| load(self.run.train, rows)).collect::<Result<_>>()?;
@@ -199,7 +277,15 @@ impl<'a> Trainer<'a> {
             return Err(failed("no supervised tokens".into()));
         }
         self.grads.clear();
-        let mut nll = 0.0;
+        let tokens = passes.iter().map(|p| p.tokens).sum();
+        let mut result = StepResult {
+            nll: 0.0,
+            supervised,
+            tokens,
+            grad_norm: f64::NAN,
+            learning_rate: 0.0,
+            bad: None,
+        };
         for (index, pass) in passes.iter().enumerate().filter(|(_, p)| !p.batch.is_empty()) {
             let mut key = stream("dropout", self.run.config.seed, &[done, index as u64]);
             let options = PassOptions {
@@ -215,26 +301,39 @@ impl<'a> Trainer<'a> {
                 .decoder
                 .loss_and_grad(&pass.batch, &self.run.lora, &options, &mut self.grads)
                 .with_context(|| format!("step {} failed", done + 1))?;
+            result.nll += loss.nll_sum();
             if let Some(bad) = rows_not_finite(pass, &loss.nll) {
-                return Err(Error::new(format!(
-                    "step {}: the loss is not finite in {bad}",
-                    done + 1
-                ))
-                .with_hint("lower `learning_rate`, or look at these rows"));
+                result.bad = Some(format!("the loss is not finite in {bad}"));
+                return Ok(result);
             }
-            nll += loss.nll_sum();
         }
-        let grad_norm = clip_grad_norm(&mut self.grads, self.run.config.max_grad_norm);
-        if !grad_norm.is_finite() {
-            return Err(failed("the gradient is not finite".into())
-                .with_hint("lower `learning_rate`, or look at these rows"));
+        result.grad_norm = clip_grad_norm(&mut self.grads, self.run.config.max_grad_norm);
+        if !result.grad_norm.is_finite() {
+            result.bad = Some(format!("the gradient is not finite; rows {:?}", rows.concat()));
         }
-        let learning_rate = self.schedule.at(done);
-        self.optimizer.step(&self.grads, learning_rate, done + 1)?;
-        self.optimizer.write_to(&mut self.run.lora)?;
-        self.state.step += 1;
-        let tokens = passes.iter().map(|p| p.tokens).sum();
-        Ok(StepResult { nll, supervised, tokens, grad_norm, learning_rate })
+        Ok(result)
+    }
+
+    /// Warns of a spike, or ends the run.
+    fn watch(&mut self, result: &StepResult) -> Result<()> {
+        let Some(factor) = self.run.config.spike_factor else { return Ok(()) };
+        let (loss, norm) = (result.loss(), result.grad_norm);
+        let Some(spike) = watch(&mut self.state.history, loss, norm, factor) else { return Ok(()) };
+        let step = self.state.step;
+        let rows = self.order.step(step - 1).concat();
+        let message = format!(
+            "step {step}: `{}` is {:.4}, {:.1} times the median of the steps before; rows {rows:?}",
+            spike.what,
+            spike.value,
+            spike.value / spike.median
+        );
+        if self.run.config.on_spike == OnSpike::Warn {
+            self.run.reporter.event(Event::Log { level: LogLevel::Warn, message });
+            return Ok(());
+        }
+        self.save()?;
+        Err(Error::new(message)
+            .with_hint("lower `learning_rate`, look at these rows, or `on_spike: warn`"))
     }
 
     /// Counts a step, and writes a line of the log when one is due.
@@ -247,7 +346,9 @@ impl<'a> Trainer<'a> {
         state.window_tokens += result.supervised as u64;
         self.window_rate.0 += result.tokens as u64;
         self.window_rate.1 += seconds;
+        self.watch(result)?;
         let rate = self.window_rate.0 as f64 / self.window_rate.1.max(1e-9);
+        let state = &self.state;
         let loss = f64::from_bits(state.window_nll_bits) / state.window_tokens as f64;
         let step = state.step;
         self.progress(&format!("loss {loss:.3} · {rate:.0} tok/s"));
@@ -265,16 +366,15 @@ impl<'a> Trainer<'a> {
             peak_rss_bytes: peak_rss_bytes(),
         };
         self.log.write(&line)?;
-        for (name, value) in [
+        let metrics = [
             ("train/loss", line.loss),
             ("train/grad_norm", line.grad_norm),
             ("train/learning_rate", line.learning_rate),
             ("train/tokens_per_second", line.tokens_per_second),
             ("train/tokens_seen", line.tokens_seen as f64),
             ("train/peak_rss_bytes", line.peak_rss_bytes as f64),
-        ] {
-            self.metric(name, value);
-        }
+        ];
+        self.metrics(&metrics)?;
         (self.state.window_nll_bits, self.state.window_tokens) = (0, 0);
         self.window_rate = (0, 0.0);
         Ok(())
@@ -306,8 +406,18 @@ impl<'a> Trainer<'a> {
         let line =
             EvalLine { step, epoch: self.epoch(), eval_loss: mean, eval_tokens: tokens as u64 };
         self.log.write(&line)?;
-        self.metric("eval/loss", mean);
+        self.metrics(&[("eval/loss", mean)])?;
         self.state.last_eval = Some((step, mean.to_bits()));
+        let config = self.run.config;
+        let lowered = |best: f64| best - mean > config.early_stopping_threshold;
+        let progress = self.state.best.is_none_or(|(_, best)| lowered(f64::from_bits(best)));
+        self.state.stale = if progress { 0 } else { self.state.stale + 1 };
+        if config.early_stopping_patience.is_some_and(|patience| self.state.stale >= patience) {
+            self.state.stopped = true;
+            let stale = self.state.stale;
+            let message = format!("stopping early: {stale} evaluations did not lower the loss");
+            info(&self.run, message);
+        }
         if self.state.best.is_none_or(|(_, best)| mean < f64::from_bits(best)) {
             self.state.best = Some((step, mean.to_bits()));
             self.best = self.optimizer.params.clone();
@@ -317,16 +427,10 @@ impl<'a> Trainer<'a> {
 
     fn save(&mut self) -> Result<()> {
         self.state.log_bytes = self.log.sync()?;
-        let mut checkpoint = Checkpoint {
-            state: self.state.clone(),
-            params: self.optimizer.params.clone(),
-            m: self.optimizer.m.clone(),
-            v: self.optimizer.v.clone(),
-            best: self.best.clone(),
-        };
+        let AdamW { params, m, v, .. } = &self.optimizer;
+        let tensors = Tensors { params, m, v, best: &self.best };
         let step = self.state.step;
-        checkpoint
-            .save(self.run.state_dir, self.identity)
+        checkpoint::save(self.run.state_dir, self.identity, &self.state, tensors)
             .with_context(|| format!("cannot write the checkpoint after step {step}"))
     }
 
@@ -341,6 +445,8 @@ impl<'a> Trainer<'a> {
         Ok(Outcome {
             lora: self.run.lora,
             steps: state.step,
+            stopped_early: state.stopped && state.step < self.steps.total,
+            learning_rate: state.found_rate.map_or(self.run.config.learning_rate, f64::from_bits),
             resumed_from: self.resumed_from,
             train_loss: f64::from_bits(state.last_loss_bits),
             eval_loss: state.last_eval.map(|(_, loss)| f64::from_bits(loss)),
@@ -363,9 +469,16 @@ impl<'a> Trainer<'a> {
         }));
     }
 
-    fn metric(&self, name: &str, value: f64) {
-        let (name, step) = (name.to_owned(), self.state.step);
-        self.run.reporter.event(Event::Metric { name, step, value });
+    fn metrics(&mut self, metrics: &[(&str, f64)]) -> Result<()> {
+        let step = self.state.step;
+        for (name, value) in metrics {
+            let (name, value) = ((*name).to_owned(), *value);
+            self.run.reporter.event(Event::Metric { name, step, value });
+        }
+        match &mut self.events {
+            Some(events) => events.scalars(step, metrics),
+            None => Ok(()),
+        }
     }
 }
 

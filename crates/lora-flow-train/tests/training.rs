@@ -72,6 +72,8 @@ fn adapter(decoder: &Decoder, dropout: f64) -> Lora {
         alpha_pattern: BTreeMap::new(),
         use_rslora: false,
         init_lora_weights: Init::Default,
+        use_dora: false,
+        modules_to_save: Vec::new(),
     };
     Lora::init(&config, &decoder.linear_modules(), 7).unwrap()
 }
@@ -366,4 +368,145 @@ fn rows_without_targets_are_left_out_and_none_left_is_an_error() {
     let with = case.run(tempfile::tempdir().unwrap().path()).unwrap();
     let without = Case::new(&decoder).run(tempfile::tempdir().unwrap().path()).unwrap();
     assert_eq!(with.tokens_seen, without.tokens_seen);
+}
+
+#[test]
+fn a_run_that_broke_off_repeats_just_the_step_that_broke_it() {
+    let decoder = decoder();
+    let dir = tempfile::tempdir().unwrap();
+    let run = || {
+        let mut case = Case::new(&decoder);
+        case.config.learning_rate = 1e30;
+        case.config.warmup_steps = 0;
+        case.run(dir.path()).unwrap_err().chain()
+    };
+    let first = run();
+    assert!(dir.path().join("step-00000001").is_dir(), "the checkpoint before step 2");
+    assert_eq!(run(), first);
+    assert_eq!(log(dir.path()).len(), 1, "step 1 was not run again");
+}
+
+#[test]
+fn early_stopping_ends_the_run_and_goes_on_counting_after_a_resume() {
+    let decoder = decoder();
+    let eval = rows(6, 2);
+    let case = |cancel_at: Option<u64>| {
+        let mut case = Case::new(&decoder);
+        case.eval = Some(eval.clone());
+        case.config.max_steps = Some(60);
+        case.config.learning_rate = 0.5;
+        case.config.eval_steps = Some(2);
+        case.config.early_stopping_patience = Some(3);
+        let cancel = case.cancel.clone();
+        case.hook = Some(Box::new(move |name, step| {
+            if name == "train/loss" && Some(step) == cancel_at {
+                cancel.cancel();
+            }
+        }));
+        case
+    };
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let stopped = case(None).run(whole.path()).unwrap();
+    assert!(stopped.stopped_early && stopped.steps < 60);
+    let (best, _) = stopped.best.unwrap();
+    assert_eq!(stopped.steps, best + 6, "three evaluations after the best");
+    let e = case(Some(best + 3)).run(parts.path()).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Cancelled);
+    let resumed = case(None).run(parts.path()).unwrap();
+    assert_eq!((resumed.steps, resumed.best), (stopped.steps, stopped.best));
+    assert_eq!(values(&resumed.lora), values(&stopped.lora));
+}
+
+#[test]
+fn an_automatic_rate_leaves_no_trace_but_its_curve() {
+    let decoder = decoder();
+    let dir = tempfile::tempdir().unwrap();
+    let mut auto = Case::new(&decoder);
+    auto.config.learning_rate = lora_flow_train::AUTO;
+    let found = auto.run(dir.path()).unwrap();
+    let rate = found.learning_rate;
+    assert!((1e-4..0.2).contains(&rate), "{rate}");
+    let text = std::fs::read_to_string(dir.path().join(lora_flow_train::LR_RANGE_FILE)).unwrap();
+    let curve: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(curve["learning_rate"], rate);
+    assert!(curve["curve"].as_array().unwrap().len() > 20);
+    // The run itself is the one with that rate.
+    let mut given = Case::new(&decoder);
+    given.config.learning_rate = rate;
+    let given = given.run(tempfile::tempdir().unwrap().path()).unwrap();
+    assert_eq!(values(&found.lora), values(&given.lora));
+}
+
+#[test]
+fn a_spike_stops_the_run_where_it_is_asked_to() {
+    let decoder = decoder();
+    let dir = tempfile::tempdir().unwrap();
+    let mut case = Case::new(&decoder);
+    case.config.max_steps = Some(40);
+    case.config.spike_factor = Some(1.01);
+    case.config.on_spike = lora_flow_train::OnSpike::Stop;
+    let e = case.run(dir.path()).unwrap_err();
+    let text = e.to_string();
+    assert!(text.contains("times the median") && text.contains("rows ["), "{text}");
+}
+
+#[test]
+fn full_fine_tuning_learns_resumes_and_leaves_the_base_alone() {
+    let base = decoder();
+    let names: Vec<_> = base.config().tensors().into_iter().map(|(n, _)| n).collect();
+    let run = |dir: &Path, steps: u64| {
+        let mut decoder = decoder();
+        let saved = decoder.take(&names).unwrap();
+        let lora = Lora { config: LoraConfig::default(), modules: Vec::new(), saved };
+        let config = TrainConfig {
+            learning_rate: 5e-3,
+            max_steps: Some(steps),
+            method: lora_flow_train::Method::Full,
+            report_to: vec![lora_flow_train::ReportTo::Tensorboard],
+            ..config()
+        };
+        let cancel = CancelToken::default();
+        train(Run {
+            decoder: &decoder,
+            lora,
+            train: &rows(11, 1),
+            eval: None,
+            config: &config,
+            state_dir: dir,
+            identity: Digest::of_bytes(b"tiny"),
+            reporter: Arc::new(Watch::default()),
+            cancel,
+        })
+        .unwrap()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let trained = run(dir.path(), 9);
+    let held_out = rows(6, 9);
+    let before = loss_on(&base, None, &held_out);
+    let after = loss_on(&base, Some(&trained.lora), &held_out);
+    assert!(after < 0.9 * before, "{before} {after}");
+    assert_eq!(loss_on(&base, None, &held_out), before);
+    for (saved, (name, tensor)) in
+        trained.lora.saved.iter().zip(names.iter().map(|n| (n, base.tensor(n).unwrap())))
+    {
+        assert_eq!(&saved.name, name);
+        let new = saved.tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let old = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_ne!(new, old, "{name} did not move");
+    }
+    let events = std::fs::read_dir(dir.path().join("tensorboard")).unwrap().count();
+    assert_eq!(events, 1);
+    // A run that finds the checkpoint of its sixth step does the last three again.
+    for entry in std::fs::read_dir(dir.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.ends_with("step-00000009") {
+            std::fs::remove_dir_all(path).unwrap();
+        }
+    }
+    let again = run(dir.path(), 9);
+    assert_eq!(again.resumed_from, 6);
+    let bits = |lora: &Lora| -> Vec<f32> {
+        lora.tensors().flat_map(|(_, t)| t.flatten_all().unwrap().to_vec1().unwrap()).collect()
+    };
+    assert_eq!(bits(&again.lora), bits(&trained.lora));
 }

@@ -18,7 +18,10 @@ use serde_json::Value;
 #[serde(deny_unknown_fields)]
 pub struct Tokenize {
     /// What a row is: `text` (one text, all of it learnt), `prompt-completion` (a prompt and the
-    /// answer to learn) or `messages` (a conversation, through the model's chat template).
+    /// answer to learn), `messages` (a conversation, through the model's chat template),
+    /// `sharegpt` (the same with `from` and `value`) or `alpaca` (an instruction, perhaps an
+    /// input, and the output to learn: through the chat template if there is one, else under the
+    /// headings `### Instruction:`, `### Input:` and `### Response:`).
     #[serde(default)]
     pub format: Format,
     /// Most tokens of a training sequence.
@@ -32,12 +35,12 @@ pub struct Tokenize {
     /// (format `text`, its default) or `truncate` them (default of the others).
     #[serde(default)]
     pub overflow: Option<OnOverflow>,
-    /// Learn the completion alone and not the prompt. Default `true` for format
-    /// `prompt-completion`; the other formats do not have it.
+    /// Learn the completion alone and not the prompt. Default `true` for the formats
+    /// `prompt-completion` and `alpaca`; the others do not have it.
     #[serde(default)]
     pub completion_only_loss: Option<bool>,
-    /// Learn what the assistant says alone. Default `true` for format `messages`; the other
-    /// formats do not have it.
+    /// Learn what the assistant says alone. Default `true` for the formats `messages` and
+    /// `sharegpt`; the others do not have it.
     #[serde(default)]
     pub assistant_only_loss: Option<bool>,
     /// Names of the columns to read.
@@ -73,6 +76,10 @@ pub enum Format {
     PromptCompletion,
     /// Column `messages`: a list of `{role, content}` (or `{from, value}`).
     Messages,
+    /// Columns `instruction`, `input` and `output`.
+    Alpaca,
+    /// Column `conversations`: a list of `{from, value}`.
+    Sharegpt,
 }
 
 impl Format {
@@ -81,7 +88,13 @@ impl Format {
             Self::Text => "text",
             Self::PromptCompletion => "prompt-completion",
             Self::Messages => "messages",
+            Self::Alpaca => "alpaca",
+            Self::Sharegpt => "sharegpt",
         }
+    }
+
+    fn is_chat(self) -> bool {
+        matches!(self, Self::Messages | Self::Sharegpt)
     }
 }
 
@@ -107,8 +120,17 @@ pub struct TokenColumns {
     pub completion: String,
     /// Conversation, for format `messages`.
     pub messages: String,
-    /// Functions that the model may call, for format `messages`; none if left out.
+    /// Functions that the model may call, for the formats `messages` and `sharegpt`; none if left
+    /// out.
     pub tools: Option<String>,
+    /// Conversation, for format `sharegpt`.
+    pub conversations: String,
+    /// Instruction, for format `alpaca`.
+    pub instruction: String,
+    /// What the instruction is about, for format `alpaca`; `null` where there is no such column.
+    pub input: Option<String>,
+    /// Answer, for format `alpaca`.
+    pub output: String,
 }
 
 impl Default for TokenColumns {
@@ -120,6 +142,10 @@ impl Default for TokenColumns {
             completion: names.completion,
             messages: names.messages,
             tools: names.tools,
+            conversations: "conversations".into(),
+            instruction: names.instruction,
+            input: names.input,
+            output: names.output,
         }
     }
 }
@@ -174,36 +200,33 @@ impl Task for Tokenize {
                 .with_hint("use `overflow: truncate`, or raise `max_length`"),
             );
         }
-        let only = |pointer: &str, given: bool, format: Format| {
-            (given && self.format != format).then(|| {
+        let of = |pointer: &str, given: bool, formats: &[Format]| {
+            (given && !formats.contains(&self.format)).then(|| {
                 let name = pointer.trim_start_matches('/').replace('/', ".");
+                let formats: Vec<_> = formats.iter().map(|f| format!("`{}`", f.name())).collect();
                 Problem::at(
                     pointer,
                     format!(
-                        "`{name}` belongs to format `{}`, and this is format `{}`",
-                        format.name(),
+                        "`{name}` belongs to format {}, and this is format `{}`",
+                        formats.join(" or "),
                         self.format.name()
                     ),
                 )
             })
         };
+        let only = |pointer: &str, given: bool, format: Format| of(pointer, given, &[format]);
+        let chats = [Format::Messages, Format::Sharegpt];
+        let templated = [Format::Messages, Format::Sharegpt, Format::Alpaca];
+        let answers = [Format::PromptCompletion, Format::Alpaca];
         let names = TokenColumns::default();
         let columns = &self.columns;
         out.extend(
             [
-                only(
-                    "/completion_only_loss",
-                    self.completion_only_loss.is_some(),
-                    Format::PromptCompletion,
-                ),
-                only("/assistant_only_loss", self.assistant_only_loss.is_some(), Format::Messages),
-                only("/chat_template", self.chat_template.is_some(), Format::Messages),
-                only(
-                    "/chat_template_kwargs",
-                    !self.chat_template_kwargs.is_empty(),
-                    Format::Messages,
-                ),
-                only("/date", self.date.is_some(), Format::Messages),
+                of("/completion_only_loss", self.completion_only_loss.is_some(), &answers),
+                of("/assistant_only_loss", self.assistant_only_loss.is_some(), &chats),
+                of("/chat_template", self.chat_template.is_some(), &templated),
+                of("/chat_template_kwargs", !self.chat_template_kwargs.is_empty(), &templated),
+                of("/date", self.date.is_some(), &templated),
                 only("/columns/text", columns.text != names.text, Format::Text),
                 only("/columns/prompt", columns.prompt != names.prompt, Format::PromptCompletion),
                 only(
@@ -212,7 +235,19 @@ impl Task for Tokenize {
                     Format::PromptCompletion,
                 ),
                 only("/columns/messages", columns.messages != names.messages, Format::Messages),
-                only("/columns/tools", columns.tools.is_some(), Format::Messages),
+                of("/columns/tools", columns.tools.is_some(), &chats),
+                only(
+                    "/columns/conversations",
+                    columns.conversations != names.conversations,
+                    Format::Sharegpt,
+                ),
+                only(
+                    "/columns/instruction",
+                    columns.instruction != names.instruction,
+                    Format::Alpaca,
+                ),
+                only("/columns/input", columns.input != names.input, Format::Alpaca),
+                only("/columns/output", columns.output != names.output, Format::Alpaca),
             ]
             .into_iter()
             .flatten(),
@@ -304,7 +339,8 @@ impl Tokenize {
         let kind = match self.format {
             Format::Text => FormatKind::Text,
             Format::PromptCompletion => FormatKind::PromptCompletion,
-            Format::Messages => FormatKind::Messages,
+            Format::Messages | Format::Sharegpt => FormatKind::Messages,
+            Format::Alpaca => FormatKind::Alpaca,
         };
         let overflow = match self.overflow {
             Some(OnOverflow::Split) => Overflow::Split,
@@ -319,8 +355,14 @@ impl Tokenize {
                 text: columns.text,
                 prompt: columns.prompt,
                 completion: columns.completion,
-                messages: columns.messages,
+                messages: match self.format {
+                    Format::Sharegpt => columns.conversations,
+                    _ => columns.messages,
+                },
                 tools: columns.tools,
+                instruction: columns.instruction,
+                input: columns.input,
+                output: columns.output,
             },
             max_length: self.max_length,
             overflow,
@@ -332,7 +374,9 @@ impl Tokenize {
 
     fn template(&self, tokenizer: &TextTokenizer) -> Result<Option<ChatTemplate>> {
         let source = self.chat_template.as_deref().or(tokenizer.chat_template());
-        let Some(source) = source.filter(|_| self.format == Format::Messages) else {
+        let Some(source) =
+            source.filter(|_| self.format.is_chat() || self.format == Format::Alpaca)
+        else {
             return Ok(None);
         };
         ChatTemplate::new(

@@ -10,7 +10,7 @@ use lora_flow_core::{
 };
 use lora_flow_model::config::{ModelConfig, dtype_name};
 use lora_flow_model::lora::Lora;
-use lora_flow_model::merge::{MergeOptions, MergeReport, merge_weights};
+use lora_flow_model::merge::{CARRIED, MergeOptions, MergeReport, merge_weights};
 use lora_flow_model::weights::WeightSource;
 use lora_flow_train::{open_device, with_threads};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -19,9 +19,6 @@ use serde_json::json;
 
 use crate::proof;
 
-/// Files taken over from the base as they are.
-const CARRIED: &[&str] =
-    &["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"];
 /// Layers shown in the report, those that rounding hurts most.
 const SHOWN: usize = 5;
 
@@ -45,6 +42,11 @@ pub struct Merge {
     /// out, all weights go into one file.
     #[serde(default)]
     pub max_shard_size: Option<Size>,
+    /// Take the adapter out of a model that it was merged into: W − s·BA. What rounding did to the
+    /// merged weights stays. Not for adapters with DoRA or `modules_to_save`, which overwrite what
+    /// they change.
+    #[serde(default)]
+    pub unmerge: bool,
 }
 
 /// Number format of the merged weights.
@@ -135,7 +137,16 @@ impl Task for Merge {
         let mut config = ModelConfig::open(&base)?;
         let source = WeightSource::open(&base)?;
         source.check_all(&config)?;
-        let lora = Lora::load_peft(cx.input("adapter")?, &config.linear_modules())?;
+        let mut lora = Lora::load_peft(cx.input("adapter")?, &config.linear_modules())?;
+        if self.unmerge {
+            if lora.modules.iter().any(|m| m.magnitude.is_some()) || !lora.saved.is_empty() {
+                return Err(Error::new(
+                    "an adapter with DoRA or `modules_to_save` cannot be taken out again",
+                )
+                .with_hint("it overwrites what it changes; keep the base"));
+            }
+            lora.modules.iter_mut().for_each(|m| m.scale = -m.scale);
+        }
         let (dtype, origin) = self.output_dtype(&config, &source);
 
         let out = cx.output("model")?.path.clone();
@@ -287,6 +298,7 @@ mod tests {
             dtype: OutputDtype::Base,
             tolerance: Some(tolerance),
             max_shard_size: None,
+            unmerge: false,
         };
         assert_eq!(merge(f64::NAN).validate().len(), 1);
         assert_eq!(merge(-1.0).validate().len(), 1);

@@ -8,6 +8,8 @@ use lora_flow_data::group_digits;
 use lora_flow_model::config::ModelConfig;
 use lora_flow_model::lora::{Init, Lora, LoraConfig, TargetModules};
 use lora_flow_model::lora_match::check_regex;
+use lora_flow_model::residual;
+use lora_flow_model::weights::WeightSource;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Value, json};
@@ -44,10 +46,18 @@ pub struct LoraInject {
     /// Scale by α/√r instead of α/r (rank-stabilised LoRA).
     #[serde(default)]
     pub use_rslora: bool,
-    /// How A starts: `true` (Kaiming uniform, U(±1/√in)) or `gaussian` (standard deviation 1/r).
-    /// B starts at zero.
+    /// How A and B start: `true` (A Kaiming uniform, U(±1/√in), B zero), `gaussian` (A with
+    /// standard deviation 1/r, B zero), `pissa` (the largest singular values of W) or `olora` (its
+    /// QR decomposition). The last two train what they take out of W; the adapter is written as
+    /// plain LoRA of twice the rank, which says the same of W itself.
     #[serde(default)]
     pub init_lora_weights: InitWeights,
+    /// Train the magnitude of each row of W + sBA beside A and B (DoRA). A third more time.
+    #[serde(default)]
+    pub use_dora: bool,
+    /// Modules to train and store whole beside the adapter, such as `[lm_head]`.
+    #[serde(default)]
+    pub modules_to_save: Vec<String>,
     /// Seed of the initial weights.
     #[serde(default)]
     pub seed: u64,
@@ -133,7 +143,7 @@ impl JsonSchema for Names {
     }
 }
 
-/// `true` or `gaussian`.
+/// `true` or a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct InitWeights(Init);
 
@@ -142,6 +152,8 @@ impl Serialize for InitWeights {
         match self.0 {
             Init::Default => s.serialize_bool(true),
             Init::Gaussian => s.serialize_str("gaussian"),
+            Init::Pissa => s.serialize_str("pissa"),
+            Init::Olora => s.serialize_str("olora"),
         }
     }
 }
@@ -151,9 +163,11 @@ impl<'de> Deserialize<'de> for InitWeights {
         match Value::deserialize(d)? {
             Value::Bool(true) => Ok(Self(Init::Default)),
             Value::String(s) if s == "gaussian" => Ok(Self(Init::Gaussian)),
-            other => {
-                Err(de::Error::custom(format!("expected `true` or `gaussian`, found {other}")))
-            }
+            Value::String(s) if s == "pissa" => Ok(Self(Init::Pissa)),
+            Value::String(s) if s == "olora" => Ok(Self(Init::Olora)),
+            other => Err(de::Error::custom(format!(
+                "expected `true`, `gaussian`, `pissa` or `olora`, found {other}"
+            ))),
         }
     }
 }
@@ -164,7 +178,7 @@ impl JsonSchema for InitWeights {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "enum": [true, "gaussian"] })
+        json_schema!({ "enum": [true, "gaussian", "pissa", "olora"] })
     }
 }
 
@@ -181,6 +195,8 @@ impl LoraInject {
             alpha_pattern: self.alpha_pattern.clone(),
             use_rslora: self.use_rslora,
             init_lora_weights: self.init_lora_weights.0,
+            use_dora: self.use_dora,
+            modules_to_save: self.modules_to_save.clone(),
         }
     }
 }
@@ -247,16 +263,30 @@ impl Task for LoraInject {
         for key in self.alpha_pattern.keys() {
             check(&mut out, key, "alpha_pattern", pointer("alpha_pattern", key));
         }
+        if self.use_dora && self.init_lora_weights.0.from_weights() {
+            let message = "`use_dora` cannot be combined with `pissa` or `olora`";
+            let hint = "the trained adapter could not be written as plain LoRA";
+            out.push(Problem::at("/use_dora", message).with_hint(hint));
+        }
         out
     }
 
     fn run(&self, cx: &mut TaskContext) -> Result<()> {
-        let model = ModelConfig::open(cx.input("model")?)?;
-        let lora = Lora::init(&self.config(), &model.linear_modules(), self.seed)?;
+        let artifact = cx.input("model")?.clone();
+        let model = ModelConfig::open(&artifact)?;
+        let mut lora = Lora::init(&self.config(), &model.linear_modules(), self.seed)?;
+        let source = WeightSource::open(&artifact)?;
+        let start = lora.init_from(&model, |name, shape| source.read_f32(name, shape))?;
 
         let trainable = lora.trainable_parameters();
         let out = cx.output("adapter")?;
-        lora.save_peft(&out.path, None)?;
+        match &start {
+            None => lora.save_peft(&out.path, None)?,
+            Some(start) => {
+                residual::join(&lora, start)?.save_peft(&out.path, None)?;
+                residual::save_start(&out.path, start.init)?;
+            }
+        }
         out.set_meta(json!({ "trainable_parameters": trainable }));
 
         let all = model.parameters() + trainable;
@@ -336,13 +366,13 @@ mod tests {
             let task = parse(json!({ "target_modules": value }));
             assert_eq!(serde_json::to_value(&task).unwrap()["target_modules"], value);
         }
-        for value in [json!(true), json!("gaussian")] {
+        for value in [json!(true), json!("gaussian"), json!("pissa"), json!("olora")] {
             let task = parse(json!({ "init_lora_weights": value }));
             assert_eq!(serde_json::to_value(&task).unwrap()["init_lora_weights"], value);
         }
         let error = serde_json::from_value::<LoraInject>(json!({ "target_modules": 3 }));
         assert!(error.unwrap_err().to_string().contains("a string or a list of strings"));
-        let error = serde_json::from_value::<LoraInject>(json!({ "init_lora_weights": "pissa" }));
+        let error = serde_json::from_value::<LoraInject>(json!({ "init_lora_weights": "eva" }));
         assert!(error.unwrap_err().to_string().contains("`gaussian`"));
     }
 

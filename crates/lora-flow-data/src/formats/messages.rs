@@ -61,15 +61,35 @@ impl RowEncoder<'_> {
             return Ok(Encoded::dropped(DropReason::Empty));
         }
         let tools = tools.map_or_else(|| Value::from(()), |t| without_nulls(&cell(t, row)));
+        self.conversation(&messages, &tools, self.options.assistant_only_loss)
+    }
+
+    /// A conversation whose order is checked, through the template.
+    pub(super) fn conversation(
+        &self,
+        messages: &[Value],
+        tools: &Value,
+        assistant_only_loss: bool,
+    ) -> Result<Encoded> {
         let Some(template) = &self.template else {
             return Err(Error::new("the model has no chat template"));
         };
-        let (text, supervised) = if self.options.assistant_only_loss {
-            let rendered = template.render_with_assistant(&messages, &tools)?;
+        let (text, supervised) = if assistant_only_loss {
+            let rendered = template.render_with_assistant(messages, tools)?;
+            if rendered.assistant.is_empty() {
+                return Err(Error::new(
+                    "the chat template never marks what the assistant says, so nothing would be \
+                     learnt",
+                )
+                .with_hint(
+                    "put its `{% generation %}` block around the assistant's text, or set \
+                     `assistant_only_loss: false`",
+                ));
+            }
             let ranges = self.with_turn_ends(&rendered, template.marks_assistant());
             (rendered.text, Some(ranges))
         } else {
-            (template.render(&messages, &tools, false)?, None)
+            (template.render(messages, tools, false)?, None)
         };
         let (mut ids, mut spans) = self.tokenizer.encode_with_spans(&text)?;
         let mut targets = match &supervised {

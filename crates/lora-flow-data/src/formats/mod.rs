@@ -1,5 +1,6 @@
 //! Formats: what the columns of a row mean, and how the row becomes token documents.
 
+mod alpaca;
 mod messages;
 mod prompt_completion;
 mod text;
@@ -24,6 +25,8 @@ pub enum FormatKind {
     PromptCompletion,
     /// A conversation: a list of messages with roles.
     Messages,
+    /// An instruction, perhaps with an input, and the answer to it.
+    Alpaca,
 }
 
 /// Names of the columns that the formats read.
@@ -39,6 +42,12 @@ pub struct ColumnNames {
     pub messages: String,
     /// Of format `messages`: functions the model may call, if there is such a column.
     pub tools: Option<String>,
+    /// Of format `alpaca`.
+    pub instruction: String,
+    /// Of format `alpaca`: what the instruction is about, if there is such a column.
+    pub input: Option<String>,
+    /// Of format `alpaca`.
+    pub output: String,
 }
 
 impl Default for ColumnNames {
@@ -49,6 +58,9 @@ impl Default for ColumnNames {
             completion: "completion".into(),
             messages: "messages".into(),
             tools: None,
+            instruction: "instruction".into(),
+            input: Some("input".into()),
+            output: "output".into(),
         }
     }
 }
@@ -116,6 +128,10 @@ impl<'a> RowEncoder<'a> {
             FormatKind::Messages => {
                 std::iter::once(names.messages.clone()).chain(names.tools.clone()).collect()
             }
+            FormatKind::Alpaca => [names.instruction.clone(), names.output.clone()]
+                .into_iter()
+                .chain(names.input.clone())
+                .collect(),
         }
     }
 
@@ -148,6 +164,18 @@ impl<'a> RowEncoder<'a> {
                 let completions = text(1, &names.completion)?;
                 self.each(rows, |row| {
                     self.prompt_completion(cell_text(prompts, row), cell_text(completions, row))
+                })
+            }
+            FormatKind::Alpaca => {
+                let instructions = text(0, &names.instruction)?;
+                let outputs = text(1, &names.output)?;
+                let inputs = match &names.input {
+                    Some(name) => text(2, name)?,
+                    None => None,
+                };
+                self.each(rows, |row| {
+                    let input = cell_text(inputs, row);
+                    self.alpaca(cell_text(instructions, row), input, cell_text(outputs, row))
                 })
             }
             FormatKind::Messages => {

@@ -1,5 +1,6 @@
 //! Tests that need model files: tiny ones, written here.
 
+mod combine;
 mod config;
 mod gguf;
 mod merge;

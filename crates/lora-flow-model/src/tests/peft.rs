@@ -96,8 +96,8 @@ fn unsupported_settings_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     lora(&LoraConfig::default()).save_peft(dir.path(), None).unwrap();
     for (field, bad, good) in [
-        ("use_dora", json!(true), json!(false)),
         ("modules_to_save", json!(["lm_head"]), Value::Null),
+        ("lora_bias", json!(true), json!(false)),
         ("bias", json!("all"), json!("none")),
         ("peft_type", json!("IA3"), json!("LORA")),
         ("task_type", json!("SEQ_CLS"), json!("CAUSAL_LM")),

@@ -56,6 +56,9 @@ pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
     let mut answers = Vec::new();
     for (name, adapter) in &variants {
         let started = Instant::now();
+        decoder.check_adapter(adapter.as_ref())?;
+        let swap = started.elapsed();
+        let started = Instant::now();
         let generator = Generator::new(&decoder);
         let Generated { tokens, .. } =
             generator.generate(&prompt, adapter.as_ref(), &options, |_| true)?;
@@ -63,13 +66,14 @@ pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
         let text = tokenizer.decode(&tokens)?;
         if !args.json {
             println!(
-                "── {name} ({}, {}) ──",
+                "── {name} ({}, {}, swapped in within {:.2} ms) ──",
                 ui::count(tokens.len(), "token"),
-                rate(tokens.len(), wall)
+                rate(tokens.len(), wall),
+                swap.as_secs_f64() * 1e3
             );
             println!("{}\n", text.trim_end());
         }
-        answers.push(json!({ "adapter": name, "text": text, "tokens": tokens.len(), "seconds": wall.as_secs_f64() }));
+        answers.push(json!({ "adapter": name, "text": text, "tokens": tokens.len(), "seconds": wall.as_secs_f64(), "swap_seconds": swap.as_secs_f64() }));
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&answers)?);
