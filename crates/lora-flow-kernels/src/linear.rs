@@ -2,39 +2,67 @@
 //! backward.
 //!
 //! LoRA (Hu et al. 2021): y = x·wᵀ + s·(x·aᵀ)·bᵀ with a [r, K], b [O, r]. The low-rank parts are
-//! added into the product in place; the backward never forms a dense dw.
+//! added into the product in place; the backward never forms a dense dw. Layers that read the same
+//! input (q, k and v; gate and up) go together: their a's make one product, and the gradients of
+//! their input one sum.
 //!
-//! A frozen weight may be `bf16` while x is `f32`: its rows are widened a block at a time (exact),
-//! so the weight takes half the memory and the arithmetic stays `f32`.
+//! Over a frozen weight in `bf16` the operands of all products with w, a and b are rounded to
+//! `bf16` as they enter, the sums are `f32`. The gradients of a and b are products in `f32`.
 
 use crate::common::{View, all_cpu_f32, dims2, expect_shape, tensor, zeros};
-use crate::embedding::widen;
-use crate::gemm::{Into, Mat, matmul, product};
+use crate::gemm::{Inputs, Into, Left, Mat, Right, Term, matmul, product, round_to_bf16};
 use crate::profile::{Category, span};
 use crate::simd::{Isa, dispatch, dot, dot_bf16};
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
 use rayon::prelude::*;
+use std::borrow::Cow;
 
-/// Rows of a `bf16` weight that are widened at a time.
-const WEIGHT_ROWS: usize = 512;
 /// Up to so many rows of x, as in generation, a product with a weight is bound by memory.
 const FEW_ROWS: usize = 4;
+
+/// A frozen weight with its adapter, if it has one.
+#[derive(Debug, Clone, Copy)]
+pub struct Projection<'a> {
+    /// [O, K], `f32` or `bf16`.
+    pub w: &'a Tensor,
+    /// The adapter.
+    pub lora: Option<LoraPair<'a>>,
+}
+
+/// The matrices of a LoRA module.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraPair<'a> {
+    /// [r, K]
+    pub a: &'a Tensor,
+    /// [O, r]
+    pub b: &'a Tensor,
+    /// Factor of the low-rank product.
+    pub s: f32,
+}
+
+/// y [N, O] of one of several layers, and x·aᵀ [N, r] where it has an adapter.
+pub type Projected = (Tensor, Option<Tensor>);
+
+/// Gradients of a [r, K] and of b [O, r].
+pub type PairGradients = (Tensor, Tensor);
 
 /// x [N, K] · wᵀ for w [O, K], as [N, O] in the dtype of x.
 ///
 /// # Errors
 /// If the shapes do not fit.
 pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let _span = span(Category::Gemm);
     let (n, k) = dims2(x, "x")?;
-    let (o, _) = weight_dims(w, "w", None, Some(k))?;
+    weight_dims(w, "w", None, Some(k))?;
     if !fused(&[x], w) {
+        let _span = span(Category::Gemm);
         return reference::matmul_nt(x, w);
     }
-    let x = View::new(x, "x")?;
-    let y = product_nt(x.f32()?, w, n)?;
-    tensor(y, &[n, o])
+    let _span = span(Category::Gemm);
+    let view = View::new(x, "x")?;
+    let x = Input::new(view.f32()?, n, k, inputs(w));
+    let (o, _) = dims2(w, "w")?;
+    tensor(x.times_transposed(w, None)?, &[n, o])
 }
 
 /// dy [N, O] · w for w [O, K], as [N, K] in the dtype of dy.
@@ -48,9 +76,9 @@ pub fn matmul_nn(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
     if !fused(&[dy], w) {
         return reference::matmul_nn(dy, w);
     }
-    let dy = View::new(dy, "dy")?;
-    let dx = product_nn(dy.f32()?, w, n)?;
-    tensor(dx, &[n, k])
+    let (dy, weight) = (View::new(dy, "dy")?, Weight::new(w)?);
+    let dy = Left::new(Mat::new(dy.f32()?, n, o), inputs(w));
+    tensor(product(&[Term { a: &dy, b: weight.right()? }]), &[n, k])
 }
 
 /// aᵀ·b for a [N, O] and b [N, K], as [O, K] in the dtype of a: the gradient of a weight.
@@ -65,8 +93,8 @@ pub fn matmul_tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         return reference::matmul_tn(a, b);
     }
     let (a, b) = (View::new(a, "a")?, View::new(b, "b")?);
-    let out = product(1.0, Mat::new(a.f32()?, n, o).t(), Mat::new(b.f32()?, n, k));
-    tensor(out, &[o, k])
+    let a = Left::new(Mat::new(a.f32()?, n, o).t(), Inputs::F32);
+    tensor(product(&[Term { a: &a, b: Right::new(b.f32()?, n, k) }]), &[o, k])
 }
 
 /// A linear layer with LoRA: returns y [N, O] = x·wᵀ + s·(x·aᵀ)·bᵀ and xa [N, r] = x·aᵀ, which the
@@ -96,22 +124,186 @@ pub fn lora_forward_dropped(
     b: &Tensor,
     s: f32,
 ) -> Result<(Tensor, Tensor)> {
+    let layer = Projection { w, lora: Some(LoraPair { a, b, s }) };
+    match forward_dropped(x, dropped, &[layer])?.pop() {
+        Some((y, Some(xa))) => Ok((y, xa)),
+        _ => bail!("a layer with an adapter gave no x·aᵀ"),
+    }
+}
+
+/// Several layers that read the same x [N, K].
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn forward(x: &Tensor, layers: &[Projection<'_>]) -> Result<Vec<Projected>> {
+    forward_dropped(x, x, layers)
+}
+
+/// x·aᵀ [N, r] alone, with the bits that [`forward`] gives it.
+///
+/// # Errors
+/// If the shapes do not fit or the layer has no adapter.
+pub fn low_rank(x: &Tensor, layer: &Projection<'_>) -> Result<Tensor> {
+    let Some(LoraPair { a, .. }) = layer.lora else { bail!("the layer has no adapter") };
+    // A weight's dtype says how operands are rounded.
+    matmul_nt(x, &if layer.w.dtype() == DType::BF16 { a.to_dtype(DType::BF16)? } else { a.clone() })
+}
+
+fn forward_dropped(
+    x: &Tensor,
+    dropped: &Tensor,
+    layers: &[Projection<'_>],
+) -> Result<Vec<Projected>> {
     let _span = span(Category::Gemm);
     let (n, k) = dims2(x, "x")?;
     expect_shape(dropped, "dropped", &[n, k])?;
-    let (o, _) = weight_dims(w, "w", None, Some(k))?;
-    let (r, _) = weight_dims(a, "a", None, Some(k))?;
-    expect_shape(b, "b", &[o, r])?;
-    if !fused(&[x, dropped, a, b], w) {
-        return reference::lora_forward(x, dropped, w, a, b, s);
+    let group = Group::check(layers, k)?;
+    if !group.fused(&[x, dropped]) {
+        return layers.iter().map(|layer| reference::forward(x, dropped, layer)).collect();
     }
+    let same = x.id() == dropped.id();
     let (x, dropped) = (View::new(x, "x")?, View::new(dropped, "dropped")?);
-    let (a, b) = (View::new(a, "a")?, View::new(b, "b")?);
-    let mut y = product_nt(x.f32()?, w, n)?;
-    let dropped = Mat::new(dropped.f32()?, n, k);
-    let xa = product(1.0, dropped, Mat::new(a.f32()?, r, k).t());
-    matmul(&mut y, o, Into::Add, s, Mat::new(&xa, n, r), Mat::new(b.f32()?, o, r).t());
-    Ok((tensor(y, &[n, o])?, tensor(xa, &[n, r])?))
+    let x = Input::new(x.f32()?, n, k, group.inputs);
+    let ranks = group.ranks();
+    // x·aᵀ of all adapters side by side.
+    let mut low = Vec::new();
+    if ranks > 0 {
+        let a = group.stacked_a()?;
+        let other = (!same).then(|| dropped.f32()).transpose()?;
+        let other = other.map(|dropped| Input::new(dropped, n, k, group.inputs));
+        low = other.as_ref().unwrap_or(&x).times_slices(&a, ranks);
+    }
+    let mut first = 0;
+    let mut out = Vec::with_capacity(layers.len());
+    for layer in layers {
+        let (o, _) = dims2(layer.w, "w")?;
+        let Some(lora) = &layer.lora else {
+            out.push((tensor(x.times_transposed(layer.w, None)?, &[n, o])?, None));
+            continue;
+        };
+        let (r, _) = dims2(lora.a, "a")?;
+        let xa = Mat::new(&low, n, ranks).columns(first, r);
+        let b = scaled(lora.b, lora.s)?;
+        let y = x.times_transposed(layer.w, Some((xa, &b)))?;
+        let xa = low.chunks_exact(ranks).flat_map(|row| &row[first..first + r]).copied().collect();
+        out.push((tensor(y, &[n, o])?, Some(tensor(xa, &[n, r])?)));
+        first += r;
+    }
+    Ok(out)
+}
+
+/// Backward of [`forward`]: dx [N, K] = Σ dy·w + s·(dy·b)·a if `need_dx`, and the gradients of each
+/// adapter, da = s·(dy·b)ᵀ·x and db = s·dyᵀ·xa, from the gradients `dys` [N, O] of the layers.
+///
+/// `x` is what the low-rank paths read; it may be missing where no layer has an adapter.
+/// `xas` are the products x·aᵀ that the forward returned.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn backward(
+    dys: &[&Tensor],
+    x: Option<&Tensor>,
+    layers: &[Projection<'_>],
+    xas: &[Option<&Tensor>],
+    need_dx: bool,
+) -> Result<(Option<Tensor>, Vec<Option<PairGradients>>)> {
+    let (parts, gradients) = backward_parts(dys, x, layers, xas, need_dx, false)?;
+    Ok((parts.map(|(dx, _)| dx), gradients))
+}
+
+/// [`backward`] that gives dx as dy·w and, if `apart`, s·(dy·b)·a by itself.
+#[allow(clippy::type_complexity)]
+fn backward_parts(
+    dys: &[&Tensor],
+    x: Option<&Tensor>,
+    layers: &[Projection<'_>],
+    xas: &[Option<&Tensor>],
+    need_dx: bool,
+    apart: bool,
+) -> Result<(Option<(Tensor, Option<Tensor>)>, Vec<Option<PairGradients>>)> {
+    let _span = span(Category::Gemm);
+    if dys.len() != layers.len() || xas.len() != layers.len() || layers.is_empty() {
+        bail!("`dys` and `xas` must have an entry for each layer")
+    }
+    let (n, _) = dims2(dys[0], "dy")?;
+    let (_, k) = dims2(layers[0].w, "w")?;
+    let group = Group::check(layers, k)?;
+    if let Some(x) = x {
+        expect_shape(x, "x", &[n, k])?;
+    }
+    for ((layer, dy), xa) in layers.iter().zip(dys).zip(xas) {
+        expect_shape(dy, "dy", &[n, layer.w.dim(0)?])?;
+        match (&layer.lora, xa) {
+            (None, _) => {}
+            (Some(lora), Some(xa)) => expect_shape(xa, "xa", &[n, lora.a.dim(0)?])?,
+            (Some(_), None) => bail!("`xa` of a layer with an adapter is missing"),
+        }
+    }
+    let all = dys.iter().copied().chain(x).chain(xas.iter().copied().flatten());
+    if !group.fused(&all.collect::<Vec<_>>()) {
+        return reference::backward(dys, x, layers, xas, need_dx, apart);
+    }
+    let views = dys.iter().map(|dy| View::new(dy, "dy")).collect::<Result<Vec<_>>>()?;
+    let rows = |i: usize| Ok::<_, candle_core::Error>((views[i].f32()?, layers[i].w.dim(0)?));
+    let mut lefts = Vec::with_capacity(layers.len());
+    for i in 0..layers.len() {
+        let (dy, o) = rows(i)?;
+        lefts.push(Left::new(Mat::new(dy, n, o), group.inputs));
+    }
+    // s·dy·b of all adapters side by side.
+    let ranks = group.ranks();
+    let mut low = zeros(n * ranks);
+    let mut first = 0;
+    for (layer, dy) in layers.iter().zip(&lefts) {
+        let Some(lora) = &layer.lora else { continue };
+        let (o, r) = dims2(lora.b, "b")?;
+        let b = scaled(lora.b, lora.s)?;
+        let term = Term { a: dy, b: Right::new(&b, o, r) };
+        matmul(low.get_mut(first..).unwrap_or_default(), ranks, Into::Overwrite, &[term]);
+        first += r;
+    }
+    let mut dx = None;
+    if need_dx {
+        let weights = layers.iter().map(|l| Weight::new(l.w)).collect::<Result<Vec<_>>>()?;
+        let mut terms = Vec::with_capacity(layers.len() + 1);
+        for (dy, weight) in lefts.iter().zip(&weights) {
+            terms.push(Term { a: dy, b: weight.right()? });
+        }
+        let a = group.stacked_a()?;
+        let low = Left::new(Mat::new(&low, n, ranks), group.inputs);
+        let low = Term { a: &low, b: Right::new(&a, ranks, k) };
+        let low_part = apart.then(|| tensor(product(&[low]), &[n, k])).transpose()?;
+        if ranks > 0 && !apart {
+            terms.push(low);
+        }
+        dx = Some((tensor(product(&terms), &[n, k])?, low_part));
+    }
+    drop(lefts);
+
+    let mut gradients = Vec::with_capacity(layers.len());
+    let mut da = Vec::new();
+    if ranks > 0 {
+        let Some(x) = x else { bail!("`x` is missing, which an adapter has read") };
+        let x = View::new(x, "x")?;
+        let low = Left::new(Mat::new(&low, n, ranks).t(), Inputs::F32);
+        da = product(&[Term { a: &low, b: Right::new(x.f32()?, n, k) }]);
+    }
+    let mut first = 0;
+    for (i, layer) in layers.iter().enumerate() {
+        let (Some(lora), Some(xa)) = (&layer.lora, xas[i]) else {
+            gradients.push(None);
+            continue;
+        };
+        let (r, (dy, o)) = (lora.a.dim(0)?, rows(i)?);
+        let xa = View::new(xa, "xa")?;
+        let xa = Left::new(Mat::new(xa.f32()?, n, r).t(), Inputs::F32);
+        let turned = product(&[Term { a: &xa, b: Right::new(dy, n, o) }]);
+        let db = (0..o * r).map(|i| lora.s * turned[i % r * o + i / r]).collect();
+        let da = tensor(da[first * k..(first + r) * k].to_vec(), &[r, k])?;
+        gradients.push(Some((da, tensor(db, &[o, r])?)));
+        first += r;
+    }
+    Ok((dx, gradients))
 }
 
 /// Backward of [`lora_forward`]: (dx, da [r, K], db [O, r]) from dy [N, O].
@@ -135,27 +327,12 @@ pub fn lora_backward(
     xa: &Tensor,
     need_dx: bool,
 ) -> Result<(Option<Tensor>, Tensor, Tensor)> {
-    let _span = span(Category::Gemm);
-    let dims = LoraDims::check(dy, x, w, a, b, xa)?;
-    if !fused(&[dy, x, a, b, xa], w) {
-        let (base, low, da, db) = reference::lora_backward(dy, x, w, a, b, s, xa, need_dx)?;
-        let dx = match (base, low) {
-            (Some(base), Some(low)) => Some((base + low)?),
-            _ => None,
-        };
-        return Ok((dx, da, db));
+    let layer = Projection { w, lora: Some(LoraPair { a, b, s }) };
+    let (dx, mut gradients) = backward(&[dy], Some(x), &[layer], &[Some(xa)], need_dx)?;
+    match gradients.pop() {
+        Some(Some((da, db))) => Ok((dx, da, db)),
+        _ => bail!("a layer with an adapter gave no gradients"),
     }
-    let LoraDims { n, o, k, r } = dims;
-    let (dyb, da, db) = lora_gradients(dims, dy, x, b, s, xa)?;
-    let dx = if need_dx {
-        let (dy, a) = (View::new(dy, "dy")?, View::new(a, "a")?);
-        let mut dx = product_nn(dy.f32()?, w, n)?;
-        matmul(&mut dx, k, Into::Add, s, Mat::new(&dyb, n, r), Mat::new(a.f32()?, r, k));
-        Some(tensor(dx, &[n, k])?)
-    } else {
-        None
-    };
-    Ok((dx, tensor(da, &[r, k])?, tensor(db, &[o, r])?))
 }
 
 /// What [`lora_backward_parts`] returns.
@@ -186,70 +363,63 @@ pub fn lora_backward_parts(
     xa: &Tensor,
     need_dx: bool,
 ) -> Result<LoraGradients> {
-    let _span = span(Category::Gemm);
-    let dims = LoraDims::check(dy, x, w, a, b, xa)?;
-    if !fused(&[dy, x, a, b, xa], w) {
-        let (dx_base, dx_low_rank, da, db) =
-            reference::lora_backward(dy, x, w, a, b, s, xa, need_dx)?;
-        return Ok(LoraGradients { dx_base, dx_low_rank, da, db });
-    }
-    let LoraDims { n, o, k, r } = dims;
-    let (dyb, da, db) = lora_gradients(dims, dy, x, b, s, xa)?;
-    let (mut dx_base, mut dx_low_rank) = (None, None);
-    if need_dx {
-        let (dy, a) = (View::new(dy, "dy")?, View::new(a, "a")?);
-        let base = product_nn(dy.f32()?, w, n)?;
-        let low = product(s, Mat::new(&dyb, n, r), Mat::new(a.f32()?, r, k));
-        dx_base = Some(tensor(base, &[n, k])?);
-        dx_low_rank = Some(tensor(low, &[n, k])?);
-    }
-    Ok(LoraGradients { dx_base, dx_low_rank, da: tensor(da, &[r, k])?, db: tensor(db, &[o, r])? })
-}
-
-/// The dimensions of a linear layer with LoRA.
-#[derive(Clone, Copy)]
-struct LoraDims {
-    n: usize,
-    o: usize,
-    k: usize,
-    r: usize,
-}
-
-impl LoraDims {
-    fn check(
-        dy: &Tensor,
-        x: &Tensor,
-        w: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        xa: &Tensor,
-    ) -> Result<Self> {
-        let (n, o) = dims2(dy, "dy")?;
-        let (_, k) = weight_dims(w, "w", Some(o), None)?;
-        expect_shape(x, "x", &[n, k])?;
-        let (r, _) = weight_dims(a, "a", None, Some(k))?;
-        expect_shape(b, "b", &[o, r])?;
-        expect_shape(xa, "xa", &[n, r])?;
-        Ok(Self { n, o, k, r })
+    let layer = Projection { w, lora: Some(LoraPair { a, b, s }) };
+    let (dx, mut gradients) = backward_parts(&[dy], Some(x), &[layer], &[Some(xa)], need_dx, true)?;
+    let (dx_base, dx_low_rank) = dx.map_or((None, None), |(base, low)| (Some(base), low));
+    match gradients.pop() {
+        Some(Some((da, db))) => Ok(LoraGradients { dx_base, dx_low_rank, da, db }),
+        _ => bail!("a layer with an adapter gave no gradients"),
     }
 }
 
-/// dy·b [N, r], da [r, K] and db [O, r] of a linear layer with LoRA.
-fn lora_gradients(
-    LoraDims { n, o, k, r }: LoraDims,
-    dy: &Tensor,
-    x: &Tensor,
-    b: &Tensor,
-    s: f32,
-    xa: &Tensor,
-) -> Result<(Vec<f32>, Vec<f32>, Vec<f32>)> {
-    let (dy, x) = (View::new(dy, "dy")?, View::new(x, "x")?);
-    let (b, xa) = (View::new(b, "b")?, View::new(xa, "xa")?);
-    let dy = Mat::new(dy.f32()?, n, o);
-    let dyb = product(1.0, dy, Mat::new(b.f32()?, o, r));
-    let da = product(s, Mat::new(&dyb, n, r).t(), Mat::new(x.f32()?, n, k));
-    let db = product(s, dy.t(), Mat::new(xa.f32()?, n, r));
-    Ok((dyb, da, db))
+/// Layers that read the same input, checked.
+struct Group<'a> {
+    layers: &'a [Projection<'a>],
+    inputs: Inputs,
+}
+
+impl<'a> Group<'a> {
+    fn check(layers: &'a [Projection<'a>], k: usize) -> Result<Self> {
+        for layer in layers {
+            let (o, _) = weight_dims(layer.w, "w", None, Some(k))?;
+            if let Some(lora) = &layer.lora {
+                let (r, _) = weight_dims(lora.a, "a", None, Some(k))?;
+                expect_shape(lora.b, "b", &[o, r])?;
+            }
+        }
+        Ok(Self { layers, inputs: layers.first().map_or(Inputs::F32, |l| inputs(l.w)) })
+    }
+
+    /// True if the fused path can take the layers and these `f32` tensors.
+    fn fused(&self, tensors: &[&Tensor]) -> bool {
+        let adapters = self.layers.iter().filter_map(|l| l.lora.as_ref());
+        adapters.flat_map(|l| [l.a, l.b]).all(|t| all_cpu_f32(&[t]))
+            && self.layers.iter().all(|l| fused(tensors, l.w) && inputs(l.w) == self.inputs)
+    }
+
+    /// Rows of all a's.
+    fn ranks(&self) -> usize {
+        self.layers.iter().filter_map(|l| l.lora?.a.dim(0).ok()).sum()
+    }
+
+    /// All a's, one below the other.
+    fn stacked_a(&self) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for lora in self.layers.iter().filter_map(|l| l.lora.as_ref()) {
+            all.extend_from_slice(View::new(lora.a, "a")?.f32()?);
+        }
+        Ok(all)
+    }
+}
+
+/// s·b as [O, r].
+fn scaled(b: &Tensor, s: f32) -> Result<Vec<f32>> {
+    Ok(View::new(b, "b")?.f32()?.iter().map(|b| s * b).collect())
+}
+
+/// What the operands of products with `w` are.
+fn inputs(w: &Tensor) -> Inputs {
+    if w.dtype() == DType::BF16 { Inputs::Bf16 } else { Inputs::F32 }
 }
 
 /// True if all of `tensors` are f32 on the CPU and `w` is f32 or bf16 there.
@@ -257,41 +427,92 @@ pub(crate) fn fused(tensors: &[&Tensor], w: &Tensor) -> bool {
     all_cpu_f32(tensors) && w.device().is_cpu() && matches!(w.dtype(), DType::F32 | DType::BF16)
 }
 
-/// y [n, O] = x·wᵀ.
-fn product_nt(x: &[f32], w: &Tensor, n: usize) -> Result<Vec<f32>> {
-    let (o, k) = dims2(w, "w")?;
-    let view = View::new(w, "w")?;
-    if (1..=FEW_ROWS).contains(&n) && k > 0 {
-        return Ok(match w.dtype() {
-            DType::F32 => few_rows(x, view.f32()?, n, o, k, dots_f32),
-            _ => few_rows(x, view.bf16()?, n, o, k, dots_bf16),
-        });
-    }
-    let x = Mat::new(x, n, k);
-    if w.dtype() == DType::F32 {
-        return Ok(product(1.0, x, Mat::new(view.f32()?, o, k).t()));
-    }
-    let mut y = zeros(n * o);
-    for_widened_rows(view.bf16()?, k, |row, rows, weight| {
-        let y = &mut y[row..];
-        matmul(y, o, Into::Overwrite, 1.0, x, Mat::new(weight, rows, k).t());
-    });
-    Ok(y)
+/// A frozen weight, locked.
+struct Weight<'a> {
+    view: View<'a>,
+    dtype: DType,
+    rows: usize,
+    columns: usize,
 }
 
-/// dx [n, K] = dy·w.
-fn product_nn(dy: &[f32], w: &Tensor, n: usize) -> Result<Vec<f32>> {
-    let (o, k) = dims2(w, "w")?;
-    let dy = Mat::new(dy, n, o);
-    let view = View::new(w, "w")?;
-    if w.dtype() == DType::F32 {
-        return Ok(product(1.0, dy, Mat::new(view.f32()?, o, k)));
+impl<'a> Weight<'a> {
+    fn new(w: &'a Tensor) -> Result<Self> {
+        let (rows, columns) = dims2(w, "w")?;
+        Ok(Self { view: View::new(w, "w")?, dtype: w.dtype(), rows, columns })
     }
-    let mut dx = zeros(n * k);
-    for_widened_rows(view.bf16()?, k, |row, rows, weight| {
-        matmul(&mut dx, k, Into::Add, 1.0, dy.columns(row, rows), Mat::new(weight, rows, k));
-    });
-    Ok(dx)
+
+    fn right(&self) -> Result<Right<'_>> {
+        Ok(match self.dtype {
+            DType::BF16 => Right::Bf16(Mat::new(self.view.bf16()?, self.rows, self.columns)),
+            _ => Right::F32(Mat::new(self.view.f32()?, self.rows, self.columns)),
+        })
+    }
+}
+
+/// The input of linear layers, x [n, k].
+enum Input<'a> {
+    /// A few rows, which meet a weight as it is read from memory.
+    Few {
+        x: Cow<'a, [f32]>,
+        n: usize,
+        k: usize,
+        inputs: Inputs,
+    },
+    Many(Left<'a>),
+}
+
+impl<'a> Input<'a> {
+    fn new(x: &'a [f32], n: usize, k: usize, inputs: Inputs) -> Self {
+        if !(1..=FEW_ROWS).contains(&n) || k == 0 {
+            return Self::Many(Left::new(Mat::new(x, n, k), inputs));
+        }
+        let x = match inputs {
+            Inputs::F32 => Cow::Borrowed(x),
+            Inputs::Bf16 => Cow::Owned(round_to_bf16(x)),
+        };
+        Self::Few { x, n, k, inputs }
+    }
+
+    /// x·wᵀ [n, O], plus xa·bᵀ for xa [n, r] and b [O, r].
+    fn times_transposed(&self, w: &Tensor, low: Option<(Mat<'_>, &[f32])>) -> Result<Vec<f32>> {
+        let weight = Weight::new(w)?;
+        let (o, k) = (weight.rows, weight.columns);
+        match self {
+            Self::Many(x) => {
+                let main = Term { a: x, b: weight.right()?.t() };
+                let Some((xa, b)) = low else { return Ok(product(&[main])) };
+                let r = b.len() / o.max(1);
+                let xa = Left::new(xa, inputs(w));
+                Ok(product(&[main, Term { a: &xa, b: Right::new(b, o, r).t() }]))
+            }
+            Self::Few { x, n, .. } => {
+                let mut y = match weight.dtype {
+                    DType::BF16 => few_rows(x, weight.view.bf16()?, *n, o, k, dots_bf16),
+                    _ => few_rows(x, weight.view.f32()?, *n, o, k, dots_f32),
+                };
+                if let Some((xa, b)) = low {
+                    let xa = Left::new(xa, inputs(w));
+                    let b = Right::new(b, o, b.len() / o.max(1)).t();
+                    matmul(&mut y, o, Into::Add, &[Term { a: &xa, b }]);
+                }
+                Ok(y)
+            }
+        }
+    }
+
+    /// x·aᵀ [n, rows] for a [rows, k].
+    fn times_slices(&self, a: &[f32], rows: usize) -> Vec<f32> {
+        match self {
+            Self::Many(x) => {
+                let k = a.len() / rows.max(1);
+                product(&[Term { a: x, b: Right::new(a, rows, k).t() }])
+            }
+            Self::Few { x, n, k, inputs } => match inputs {
+                Inputs::F32 => few_rows(x, a, *n, rows, *k, dots_f32),
+                Inputs::Bf16 => few_rows(x, &round_to_bf16(a), *n, rows, *k, dots_f32),
+            },
+        }
+    }
 }
 
 /// y [n, O] = x·wᵀ for a few rows of x: one task reads each row of the weight, once, because the
@@ -343,23 +564,6 @@ fn dots_bf16_body<M: Isa>(out: &mut [f32], x: &[f32], w: &[bf16], k: usize) {
     }
 }
 
-/// Calls `each(first row, number of rows, their values in f32)` for blocks of rows of `k` values.
-pub(crate) fn for_widened_rows(
-    weight: &[bf16],
-    k: usize,
-    mut each: impl FnMut(usize, usize, &[f32]),
-) {
-    if k == 0 {
-        return;
-    }
-    let mut buffer = zeros((WEIGHT_ROWS * k).min(weight.len()));
-    for (block, values) in weight.chunks(WEIGHT_ROWS * k).enumerate() {
-        let buffer = &mut buffer[..values.len()];
-        buffer.par_chunks_mut(8 * k).zip(values.par_chunks(8 * k)).for_each(|(b, v)| widen(b, v));
-        each(block * WEIGHT_ROWS, values.len() / k, buffer);
-    }
-}
-
 /// The dimensions of a matrix, checked against what its neighbours say of them.
 fn weight_dims(
     w: &Tensor,
@@ -379,16 +583,29 @@ fn weight_dims(
     Ok((o, k))
 }
 
-/// The same with plain candle operations. Weights of another dtype are converted to that of x.
+/// The same with plain candle operations. Weights of another dtype are converted to that of x;
+/// over weights in `bf16` the operands are rounded to it.
 pub mod reference {
-    use candle_core::{Result, Tensor};
+    use super::{LoraPair, PairGradients, Projected, Projection};
+    use candle_core::{DType, Result, Tensor, bail};
+
+    /// `t` as an operand of products with `w`.
+    fn operand(t: &Tensor, w: &Tensor) -> Result<Tensor> {
+        match (w.dtype(), t.dtype()) {
+            // By way of f32: the direct conversion from f64 does not see its last bits.
+            (DType::BF16, DType::F32 | DType::F64) => {
+                t.to_dtype(DType::F32)?.to_dtype(DType::BF16)?.to_dtype(t.dtype())
+            }
+            _ => Ok(t.clone()),
+        }
+    }
 
     /// See [`super::matmul_nt`].
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-        x.matmul(&w.to_dtype(x.dtype())?.t()?)
+        operand(x, w)?.matmul(&w.to_dtype(x.dtype())?.t()?)
     }
 
     /// See [`super::matmul_nn`].
@@ -396,7 +613,7 @@ pub mod reference {
     /// # Errors
     /// If the shapes do not fit.
     pub fn matmul_nn(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
-        dy.matmul(&w.to_dtype(dy.dtype())?)
+        operand(dy, w)?.matmul(&w.to_dtype(dy.dtype())?)
     }
 
     /// See [`super::matmul_tn`].
@@ -407,48 +624,60 @@ pub mod reference {
         a.t()?.matmul(&b.to_dtype(a.dtype())?)
     }
 
-    /// See [`super::lora_forward_dropped`].
+    /// One layer of [`super::forward`], whose low-rank path reads `dropped`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn lora_forward(
-        x: &Tensor,
-        dropped: &Tensor,
-        w: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        s: f32,
-    ) -> Result<(Tensor, Tensor)> {
-        let xa = matmul_nt(dropped, a)?;
-        let y = (matmul_nt(x, w)? + (matmul_nt(&xa, b)? * f64::from(s))?)?;
-        Ok((y, xa))
+    pub fn forward(x: &Tensor, dropped: &Tensor, layer: &Projection<'_>) -> Result<Projected> {
+        let w = layer.w;
+        let y = matmul_nt(x, w)?;
+        let Some(LoraPair { a, b, s }) = layer.lora else { return Ok((y, None)) };
+        let (a, b) = (operand(a, w)?, operand(&(b * f64::from(s))?, w)?);
+        let xa = matmul_nt(&operand(dropped, w)?, &a)?;
+        Ok(((y + matmul_nt(&operand(&xa, w)?, &b)?)?, Some(xa)))
     }
 
-    /// dy·w, s·(dy·b)·a, da and db. See [`super::lora_backward_parts`]. da and db have the dtypes
+    /// See [`super::backward`]; `apart` gives s·(dy·b)·a by itself. The gradients have the dtypes
     /// of a and b.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    #[allow(clippy::too_many_arguments, clippy::type_complexity)]
-    pub fn lora_backward(
-        dy: &Tensor,
-        x: &Tensor,
-        w: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        s: f32,
-        xa: &Tensor,
+    #[allow(clippy::type_complexity)]
+    pub fn backward(
+        dys: &[&Tensor],
+        x: Option<&Tensor>,
+        layers: &[Projection<'_>],
+        xas: &[Option<&Tensor>],
         need_dx: bool,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Tensor, Tensor)> {
-        let dyb = (matmul_nn(dy, b)? * f64::from(s))?;
-        let da = matmul_tn(&dyb, x)?.to_dtype(a.dtype())?;
-        let db = (matmul_tn(dy, xa)? * f64::from(s))?.to_dtype(b.dtype())?;
-        let (base, low) = if need_dx {
-            (Some(matmul_nn(dy, w)?), Some(matmul_nn(&dyb, a)?))
-        } else {
-            (None, None)
+        apart: bool,
+    ) -> Result<(Option<(Tensor, Option<Tensor>)>, Vec<Option<PairGradients>>)> {
+        let sum = |a: Option<Tensor>, b: Tensor| a.map_or(Ok(b.clone()), |a| a + b);
+        let (mut base, mut low, mut gradients) = (None, None, Vec::new());
+        for ((dy, layer), xa) in dys.iter().zip(layers).zip(xas) {
+            let w = layer.w;
+            if need_dx {
+                base = Some(sum(base, matmul_nn(dy, w)?)?);
+            }
+            let Some(LoraPair { a, b, s }) = layer.lora else {
+                gradients.push(None);
+                continue;
+            };
+            let (Some(x), Some(xa)) = (x, xa) else { bail!("`x` or `xa` is missing") };
+            let scaled = operand(&(b * f64::from(s))?, w)?;
+            let dyb = matmul_nn(&operand(dy, w)?, &scaled)?;
+            if need_dx {
+                low = Some(sum(low, matmul_nn(&operand(&dyb, w)?, &operand(a, w)?)?)?);
+            }
+            let da = matmul_tn(&dyb, x)?.to_dtype(a.dtype())?;
+            let db = (matmul_tn(dy, xa)? * f64::from(s))?.to_dtype(b.dtype())?;
+            gradients.push(Some((da, db)));
+        }
+        let dx = match (base, low) {
+            (Some(base), low) if apart => Some((base, low)),
+            (Some(base), Some(low)) => Some(((base + low)?, None)),
+            (base, _) => base.map(|base| (base, None)),
         };
-        Ok((base, low, da, db))
+        Ok((dx, gradients))
     }
 }
 
@@ -464,10 +693,11 @@ mod tests {
         {
             let (x, w, dy) = (random(&[n, k], 1), random(&[o, k], 2), random(&[n, o], 3));
             let (x64, dy64) = (f64s(&x)?, f64s(&dy)?);
-            for w in [w.clone(), w.to_dtype(DType::BF16)?] {
-                let w64 = f64s(&w)?;
-                assert_close(&matmul_nt(&x, &w)?, &reference::matmul_nt(&x64, &w64)?, 2e-6);
-                assert_close(&matmul_nn(&dy, &w)?, &reference::matmul_nn(&dy64, &w64)?, 2e-6);
+            for w in [f64s(&w)?, w.to_dtype(DType::BF16)?] {
+                let narrow =
+                    if w.dtype() == DType::BF16 { w.clone() } else { w.to_dtype(DType::F32)? };
+                assert_close(&matmul_nt(&x, &narrow)?, &reference::matmul_nt(&x64, &w)?, 2e-6);
+                assert_close(&matmul_nn(&dy, &narrow)?, &reference::matmul_nn(&dy64, &w)?, 2e-6);
             }
             assert_close(&matmul_tn(&dy, &x)?, &reference::matmul_tn(&dy64, &x64)?, 2e-6);
         }
@@ -483,13 +713,17 @@ mod tests {
             let [x64, w64, a64, b64, dy64] = all;
             let (x64, w64, a64, b64, dy64) = (x64?, w64?, a64?, b64?, dy64?);
             let (y, xa) = lora_forward(&x, &w, &a, &b, 2.0)?;
-            let (y64, xa64) = reference::lora_forward(&x64, &x64, &w64, &a64, &b64, 2.0)?;
+            let layer = Projection { w: &w64, lora: Some(LoraPair { a: &a64, b: &b64, s: 2.0 }) };
+            let (y64, xa64) = reference::forward(&x64, &x64, &layer)?;
+            let xa64 = xa64.unwrap();
             assert_close(&y, &y64, 3e-6);
             assert_close(&xa, &xa64, 3e-6);
             let (dx, da, db) = lora_backward(&dy, &x, &w, &a, &b, 2.0, &xa, true)?;
-            let (base, low, da64, db64) =
-                reference::lora_backward(&dy64, &x64, &w64, &a64, &b64, 2.0, &xa64, true)?;
-            let (base, low) = (base.unwrap(), low.unwrap());
+            let (dys, xas) = ([&dy64], [Some(&xa64)]);
+            let (parts, mut gradients) =
+                reference::backward(&dys, Some(&x64), &[layer], &xas, true, true)?;
+            let (base, low) = parts.unwrap();
+            let (low, (da64, db64)) = (low.unwrap(), gradients.pop().unwrap().unwrap());
             assert_close(&dx.unwrap(), &(&base + &low)?, 3e-6);
             assert_close(&da, &da64, 3e-6);
             assert_close(&db, &db64, 3e-6);
@@ -498,6 +732,77 @@ mod tests {
             assert_close(&parts.dx_low_rank.unwrap(), &low, 3e-6);
             assert_close(&parts.da, &da64, 3e-6);
             assert!(lora_backward(&dy, &x, &w, &a, &b, 2.0, &xa, false)?.0.is_none());
+        }
+        Ok(())
+    }
+
+    /// Layers that share an input, one of them without an adapter, over weights of both dtypes.
+    #[test]
+    fn groups_equal_reference() -> Result<()> {
+        for (n, k) in [(1, 5), (3, 40), (33, 70), (150, 340)] {
+            let x = random(&[n, k], 1);
+            let outs = [(19, 4), (8, 0), (70, 3)];
+            let adapters = outs.map(|(o, r)| (random(&[r, k], o as u64), random(&[o, r], 7)));
+            let dys = outs.map(|(o, _)| random(&[n, o], 9 + o as u64));
+            for dtype in [DType::F32, DType::BF16] {
+                let weights = outs.map(|(o, _)| random(&[o, k], 3 + o as u64).to_dtype(dtype));
+                let weights: Vec<_> = weights.into_iter().collect::<Result<_>>()?;
+                let wide = |t: &Tensor| if dtype == DType::F32 { f64s(t) } else { Ok(t.clone()) };
+                let weights64: Vec<_> = weights.iter().map(wide).collect::<Result<_>>()?;
+                let pairs64: Vec<_> = adapters
+                    .iter()
+                    .map(|(a, b)| Ok((f64s(a)?, f64s(b)?)))
+                    .collect::<Result<_>>()?;
+                let layers: Vec<_> = (0..3)
+                    .map(|i| Projection {
+                        w: &weights[i],
+                        lora: (i != 1).then(|| LoraPair {
+                            a: &adapters[i].0,
+                            b: &adapters[i].1,
+                            s: 1.5,
+                        }),
+                    })
+                    .collect();
+                let layers64: Vec<_> = (0..3)
+                    .map(|i| Projection {
+                        w: &weights64[i],
+                        lora: (i != 1).then(|| LoraPair {
+                            a: &pairs64[i].0,
+                            b: &pairs64[i].1,
+                            s: 1.5,
+                        }),
+                    })
+                    .collect();
+                // What is rounded may fall to the other side after another order of adding.
+                let close = if dtype == DType::F32 { 5e-6 } else { 6e-3 };
+                let x64 = f64s(&x)?;
+                let found = forward(&x, &layers)?;
+                for (layer, (y, xa)) in layers64.iter().zip(&found) {
+                    let (y64, xa64) = reference::forward(&x64, &x64, layer)?;
+                    assert_close(y, &y64, close);
+                    assert_eq!(xa.is_some(), xa64.is_some());
+                    if let (Some(xa), Some(xa64)) = (xa, xa64) {
+                        assert_close(xa, &xa64, 5e-6);
+                    }
+                }
+                let xas: Vec<_> = found.iter().map(|(_, xa)| xa.as_ref()).collect();
+                let xas64 = xas.iter().map(|xa| xa.map(f64s).transpose());
+                let xas64: Vec<_> = xas64.collect::<Result<_>>()?;
+                let xas64: Vec<_> = xas64.iter().map(Option::as_ref).collect();
+                let dys64: Vec<_> = dys.iter().map(f64s).collect::<Result<_>>()?;
+                let (dys, dys64): (Vec<_>, Vec<_>) = (dys.iter().collect(), dys64.iter().collect());
+                let (dx, gradients) = backward(&dys, Some(&x), &layers, &xas, true)?;
+                let (parts, gradients64) =
+                    reference::backward(&dys64, Some(&x64), &layers64, &xas64, true, false)?;
+                assert_close(&dx.unwrap(), &parts.unwrap().0, close);
+                for (found, wanted) in gradients.iter().zip(&gradients64) {
+                    assert_eq!(found.is_some(), wanted.is_some());
+                    if let (Some((da, db)), Some((da64, db64))) = (found, wanted) {
+                        assert_close(da, da64, 1e-5);
+                        assert_close(db, db64, 5e-6);
+                    }
+                }
+            }
         }
         Ok(())
     }

@@ -25,6 +25,11 @@ pub(crate) struct Slot<'a> {
 }
 
 impl Slot<'_> {
+    /// Whether the low-rank path drops elements of its input.
+    pub(crate) fn drops(&self) -> bool {
+        self.dropout.is_some()
+    }
+
     /// The dropout mask for an input of the module: 0 or 1/(1 − p), in the input's shape and dtype.
     pub(crate) fn mask(&self, x: &Tensor) -> CandleResult<Option<Tensor>> {
         let Some((p, key)) = self.dropout else { return Ok(None) };
@@ -69,6 +74,11 @@ pub(crate) struct LayerAdapter<'a> {
 impl<'a> LayerAdapter<'a> {
     pub(crate) fn slot(&self, p: Proj) -> Option<&Slot<'a>> {
         self.slots[p as usize].as_ref()
+    }
+
+    /// Ranks of all its modules together.
+    pub(crate) fn ranks(&self) -> usize {
+        self.slots.iter().flatten().map(|slot| slot.module.r).sum()
     }
 
     fn is_empty(&self) -> bool {
