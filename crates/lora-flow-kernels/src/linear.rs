@@ -285,8 +285,9 @@ fn backward_parts(
     if ranks > 0 {
         let Some(x) = x else { bail!("`x` is missing, which an adapter has read") };
         let x = View::new(x, "x")?;
-        let low = Left::new(Mat::new(&low, n, ranks).t(), Inputs::F32);
-        da = product(&[Term { a: &low, b: Right::new(x.f32()?, n, k) }]);
+        // Turned: the wide side is read in place and the thin one packed.
+        let x = Left::new(Mat::new(x.f32()?, n, k).t(), Inputs::F32);
+        da = product(&[Term { a: &x, b: Right::new(&low, n, ranks) }]);
     }
     let mut first = 0;
     for (i, layer) in layers.iter().enumerate() {
@@ -296,10 +297,11 @@ fn backward_parts(
         };
         let (r, (dy, o)) = (lora.a.dim(0)?, rows(i)?);
         let xa = View::new(xa, "xa")?;
-        let xa = Left::new(Mat::new(xa.f32()?, n, r).t(), Inputs::F32);
-        let turned = product(&[Term { a: &xa, b: Right::new(dy, n, o) }]);
-        let db = (0..o * r).map(|i| lora.s * turned[i % r * o + i / r]).collect();
-        let da = tensor(da[first * k..(first + r) * k].to_vec(), &[r, k])?;
+        let dy = Left::new(Mat::new(dy, n, o).t(), Inputs::F32);
+        let mut db = product(&[Term { a: &dy, b: Right::new(xa.f32()?, n, r) }]);
+        db.iter_mut().for_each(|x| *x *= lora.s);
+        let da = (0..r * k).map(|i| da[i % k * ranks + first + i / k]).collect();
+        let da = tensor(da, &[r, k])?;
         gradients.push(Some((da, tensor(db, &[o, r])?)));
         first += r;
     }

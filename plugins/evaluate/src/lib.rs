@@ -11,7 +11,7 @@ pub use gate::Gate;
 
 /// The task kinds of this crate.
 pub const TASKS: &[TaskKind] = &[
-    kind::<Evaluate>("evaluate", 1, "perplexity of a model, with or without an adapter, on tokens"),
+    kind::<Evaluate>("evaluate", 2, "perplexity of a model, with or without an adapter, on tokens"),
     kind::<Gate>(
         "gate",
         1,

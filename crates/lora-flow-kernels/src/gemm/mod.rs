@@ -390,7 +390,7 @@ impl Sum<'_> {
             let group = (COLUMNS / self.width).max(1).min(count);
             let groups = count.div_ceil(group);
             // Thin products are cut finer, so that all threads have work to the end.
-            let rows = if groups < 3 { ROWS / 4 } else { ROWS };
+            let rows = if groups < 3 { ROWS / 2 } else { ROWS };
             let packed = &packed[..];
             (0..self.m.div_ceil(rows) * groups).into_par_iter().for_each(|task| {
                 let start = task / groups * rows;

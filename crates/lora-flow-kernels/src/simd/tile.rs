@@ -41,41 +41,24 @@ pub(crate) unsafe fn tile<M: Isa, const ROWS: usize, const VECTORS: usize>(raw: 
     // Safety: by the caller.
     unsafe {
         let mut sums = [[M::Vector::splat(0.0); VECTORS]; ROWS];
-        // Two bases for the rows of A, so that their addresses are no long chain of additions.
+        // Two bases for the rows of A, so that their addresses are no long chain of additions. The
+        // loop is not unrolled: the compiler would gather the loads of a row and spill them.
         let (mut top, mut b) = (raw.a, raw.b);
         let mut low = raw.a.wrapping_add(ROWS / 2 * raw.row);
-        let mut depth = raw.depth;
-        macro_rules! step {
-            ($k:literal, $column:expr) => {
-                let mut right = [M::Vector::splat(0.0); VECTORS];
-                for (j, right) in right.iter_mut().enumerate() {
-                    *right = M::Vector::load(b.add($k * width + j * M::Vector::LEN));
-                }
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let (base, i) = if i < ROWS / 2 { (top, i) } else { (low, i - ROWS / 2) };
-                    let left = M::Vector::splat(*base.add(i * raw.row + $k * $column));
-                    for (sum, right) in sums.iter_mut().zip(right) {
-                        *sum = left.mul_add(right, *sum);
-                    }
-                }
-            };
-        }
-        if raw.column == 1 {
-            while depth >= 4 {
-                step!(0, 1);
-                step!(1, 1);
-                step!(2, 1);
-                step!(3, 1);
-                (top, low, b) =
-                    (top.wrapping_add(4), low.wrapping_add(4), b.wrapping_add(4 * width));
-                depth -= 4;
+        for _ in 0..raw.depth {
+            let mut right = [M::Vector::splat(0.0); VECTORS];
+            for (j, right) in right.iter_mut().enumerate() {
+                *right = M::Vector::load(b.add(j * M::Vector::LEN));
             }
-        }
-        while depth > 0 {
-            step!(0, raw.column);
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let (base, i) = if i < ROWS / 2 { (top, i) } else { (low, i - ROWS / 2) };
+                let left = M::Vector::splat(*base.add(i * raw.row));
+                for (sum, right) in sums.iter_mut().zip(right) {
+                    *sum = left.mul_add(right, *sum);
+                }
+            }
             (top, low) = (top.wrapping_add(raw.column), low.wrapping_add(raw.column));
             b = b.wrapping_add(width);
-            depth -= 1;
         }
         for (i, sums) in sums.into_iter().enumerate() {
             for (j, sum) in sums.into_iter().enumerate() {
