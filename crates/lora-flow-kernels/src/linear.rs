@@ -52,16 +52,14 @@ pub type PairGradients = (Tensor, Tensor);
 /// # Errors
 /// If the shapes do not fit.
 pub fn matmul_nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let _span = span(Category::Gemm);
     let (n, k) = dims2(x, "x")?;
-    weight_dims(w, "w", None, Some(k))?;
+    let (o, _) = weight_dims(w, "w", None, Some(k))?;
     if !fused(&[x], w) {
-        let _span = span(Category::Gemm);
         return reference::matmul_nt(x, w);
     }
-    let _span = span(Category::Gemm);
     let view = View::new(x, "x")?;
     let x = Input::new(view.f32()?, n, k, inputs(w));
-    let (o, _) = dims2(w, "w")?;
     tensor(x.times_transposed(w, None)?, &[n, o])
 }
 

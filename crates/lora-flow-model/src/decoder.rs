@@ -96,7 +96,7 @@ impl std::fmt::Debug for Decoder {
 }
 
 /// Dtype of the activations for weights of a dtype. On the CPU, 16-bit weights stay as they are
-/// and the arithmetic is f32.
+/// and activations are f32; over bf16 weights the operands of products are rounded to bf16.
 fn compute_dtype(weights: DType, device: &Device) -> DType {
     match weights {
         DType::BF16 | DType::F16 if device.is_cpu() => DType::F32,
@@ -108,7 +108,7 @@ impl Decoder {
     /// Reads the config and the weights of a Model artifact onto a device.
     ///
     /// `dtype` is that of the matrices (f32 or bf16). Activations have the same, but on the CPU
-    /// they are f32 also over bf16 weights.
+    /// they are f32 also over bf16 weights, and rounded only as they enter a product.
     ///
     /// # Errors
     /// When the config is not understood or the weights do not fit it.
