@@ -27,13 +27,13 @@ use crate::weights::WeightSource;
 const LOSS_ROWS: usize = 1024;
 
 /// Most bytes that [`Checkpoint::Auto`] keeps for models smaller than that.
-const KEPT_BYTES: usize = 704 << 20;
+const KEPT_BYTES: usize = 690 << 20;
 
 /// What a training step keeps of each layer between forward and backward. The gradients have the
 /// same bits either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Checkpoint {
-    /// As much as the model's weights would take in f32, or 704 MiB if that is more: first the
+    /// As much as the model's weights would take in f32, or 690 MiB if that is more: first the
     /// products Gate and Up of some layers are made twice, then the attention as well.
     #[default]
     Auto,
