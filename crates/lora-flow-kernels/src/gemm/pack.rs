@@ -210,13 +210,13 @@ const ROWS: usize = 16;
 
 /// A left operand rounded to `bf16`, in floats, row-major.
 pub(super) fn rounded(a: Mat<'_>) -> Scratch {
-    each_row(a, a.columns, |out, row| round_row(out, row))
+    each_row(a, a.columns, round_row)
 }
 
 /// A left operand rounded to `bf16`, in pairs along its rows, row-major. The last number of an odd
 /// row gets a zero as its partner.
 pub(super) fn rounded_pairs(a: Mat<'_>) -> Scratch {
-    each_row(a, a.columns.div_ceil(2), |out, row| pair_row(out, row))
+    each_row(a, a.columns.div_ceil(2), pair_row)
 }
 
 fn each_row(a: Mat<'_>, width: usize, each: impl Fn(&mut [f32], &[f32]) + Sync) -> Scratch {
