@@ -18,13 +18,21 @@ export RAYON_NUM_THREADS=$THREADS
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 
+# The command of lora-flow that does what a mode of the peer does.
+own() {
+  local what=(train --batch "$BATCH" --steps "$STEPS")
+  case $1 in
+    forward*) what=(eval --batch "$BATCH" --steps "$STEPS") ;;
+    generate*) what=(generate) ;;
+  esac
+  [[ $1 != *bf16 ]] || what+=(--bf16)
+  "$LORA_FLOW" bench "${what[@]}" --model "$MODEL" --json
+}
+
 for round in $(seq "$ROUNDS"); do
   echo "round $round of $ROUNDS" >&2
-  "$LORA_FLOW" bench train --model "$MODEL" --batch "$BATCH" --steps "$STEPS" --json >"$results/own-train.$round"
   for mode in $PEERS; do
-    if [[ $mode == forward* ]]; then
-      "$LORA_FLOW" bench eval --model "$MODEL" --batch "$BATCH" --steps "$STEPS" --json >"$results/own-eval.$round"
-    fi
+    own "$mode" >"$results/own-$mode.$round"
     "$PYTHON" "$here/peers/peft_cpu.py" --mode "$mode" --batch "$BATCH" --steps "$STEPS" --threads "$THREADS" >"$results/peer-$mode.$round"
   done
 done
@@ -40,8 +48,8 @@ print(f"| batch {sys.argv[2]} | tokens/s | tokens/CPU-second | peak memory, GB |
 print("|---|---|---|---|---|")
 for name in runs:
     cpu = median(name, "tokens_per_cpu_second")
-    own = "own-eval" if "forward" in name else "own-train"
-    ratio = "" if name.startswith("own") else f"{median(own, 'tokens_per_cpu_second') / cpu:.2f}"
+    own = name.replace("peer-", "own-")
+    ratio = "" if name == own else f"{median(own, 'tokens_per_cpu_second') / cpu:.2f}"
     wall, peak = median(name, "tokens_per_second"), median(name, "peak_rss_bytes") * 1e-9
     print(f"| {name} | {wall:.0f} | {cpu:.1f} | {peak:.2f} | {ratio} |")
 PY

@@ -7,6 +7,8 @@
 //! - **Fused path**: contiguous `f32` tensors on the CPU. Work is split over rows, heads or blocks
 //!   by the shape alone and every sum has a fixed order, so the bits of a result do not depend on
 //!   the number of rayon threads. They may differ between machines with other vector units.
+//!   A frozen weight may be `bf16`: then the operands of its products are rounded to `bf16` as they
+//!   enter, and the sums are `f32` ([`linear`], [`loss`]).
 //! - **Reference path**: everything else (`bf16`, `f16`, `f64`, other devices). It computes in
 //!   `f32` (`f64` for `f64` inputs) and rounds its results to the dtype of the inputs.
 //!

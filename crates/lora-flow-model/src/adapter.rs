@@ -48,6 +48,15 @@ impl Slot<'_> {
         Ok(Some(((magnitude / norms)?, norms)))
     }
 
+    /// Whether the projection cannot be multiplied together with others that read the same input:
+    /// its low-rank path drops elements of the input, it is DoRA, or it is trained as a whole.
+    pub(crate) fn alone(&self) -> bool {
+        self.dropout.is_some()
+            || self.weight.is_some()
+            || self.bias.is_some()
+            || self.low_rank.is_some_and(|(_, module)| module.magnitude.is_some())
+    }
+
     /// The dropout mask for an input of the module: 0 or 1/(1 − p), in the input's shape and dtype.
     pub(crate) fn mask(&self, x: &Tensor) -> CandleResult<Option<Tensor>> {
         let Some((p, key)) = self.dropout else { return Ok(None) };
@@ -95,6 +104,11 @@ pub(crate) struct LayerAdapter<'a> {
 impl<'a> LayerAdapter<'a> {
     pub(crate) fn slot(&self, p: Proj) -> Option<&Slot<'a>> {
         self.slots[p as usize].as_ref()
+    }
+
+    /// Ranks of all its modules together.
+    pub(crate) fn ranks(&self) -> usize {
+        self.slots.iter().flatten().filter_map(|slot| slot.low_rank).map(|(_, m)| m.r).sum()
     }
 
     fn is_empty(&self) -> bool {

@@ -20,19 +20,25 @@ use crate::adapter::{AdapterMap, DropoutKey, LayerAdapter, LoraGrads};
 use crate::batch::Batch;
 use crate::config::{HiddenAct, ModelConfig, ModuleInfo};
 use crate::full;
-use crate::layer::{Activations, Dims, KvCache, Layer, Linear, Pass, Proj};
+use crate::layer::{Activations, Dims, Keep, KvCache, Layer, Linear, Pass, Proj};
 use crate::lora::Lora;
 use crate::weights::WeightSource;
 
 /// Rows of the head's input that the loss works on at a time.
 const LOSS_ROWS: usize = 1024;
 
-/// What a training step keeps of each layer between forward and backward. The gradients are the
-/// same either way.
+/// Most bytes that [`Checkpoint::Auto`] keeps for models smaller than that.
+const KEPT_BYTES: usize = 690 << 20;
+
+/// What a training step keeps of each layer between forward and backward. The gradients have the
+/// same bits either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Checkpoint {
-    /// Everything that a matrix product or the attention made: no product is computed twice.
+    /// As much as the model's weights would take in f32, or 690 MiB if that is more: first the
+    /// products Gate and Up of some layers are made twice, then the attention as well.
     #[default]
+    Auto,
+    /// Everything that a matrix product or the attention made: no product is computed twice.
     None,
     /// Only the residual stream that enters the layer; its forward runs again in the backward.
     Full,
@@ -91,7 +97,7 @@ impl std::fmt::Debug for Decoder {
 }
 
 /// Dtype of the activations for weights of a dtype. On the CPU, 16-bit weights stay as they are
-/// and the arithmetic is f32.
+/// and activations are f32; over bf16 weights the operands of products are rounded to bf16.
 fn compute_dtype(weights: DType, device: &Device) -> DType {
     match weights {
         DType::BF16 | DType::F16 if device.is_cpu() => DType::F32,
@@ -103,7 +109,7 @@ impl Decoder {
     /// Reads the config and the weights of a Model artifact onto a device.
     ///
     /// `dtype` is that of the matrices (f32 or bf16). Activations have the same, but on the CPU
-    /// they are f32 also over bf16 weights.
+    /// they are f32 also over bf16 weights, and rounded only as they enter a product.
     ///
     /// # Errors
     /// When the config is not understood or the weights do not fit it.
@@ -279,9 +285,10 @@ impl Decoder {
         let map = AdapterMap::new(&self.config, Some(lora), options.dropout)?;
         let lowest = map.lowest().ok_or_else(|| Error::new("the adapter has no modules"))?;
         let own = if lora.saved.is_empty() { None } else { Some(self.overlay(&lora.saved)?) };
-        own.as_ref()
-            .unwrap_or(self)
-            .forward_backward(batch, &map, lowest, options, grads)
+        let decoder = own.as_ref().unwrap_or(self);
+        let keep = decoder.keep(options.checkpoint, batch.len(), &map.layers[lowest..]);
+        decoder
+            .forward_backward(batch, &map, lowest, &keep, options, grads)
             .context("cannot compute the loss and its gradients")
     }
 
@@ -290,6 +297,7 @@ impl Decoder {
         batch: &Batch,
         map: &AdapterMap<'_>,
         lowest: usize,
+        keep: &[Keep],
         options: &PassOptions,
         grads: &mut LoraGrads,
     ) -> candle_core::Result<LossOut> {
@@ -307,17 +315,17 @@ impl Decoder {
         }
         let adapted = || self.layers.iter().zip(&map.layers).skip(lowest);
         let mut kept = Vec::with_capacity(self.layers.len() - lowest);
-        for (layer, adapter) in adapted() {
-            let y = match options.checkpoint {
-                Checkpoint::Full => {
+        for ((layer, adapter), &keep) in adapted().zip(keep) {
+            let y = match keep {
+                Keep::Input => {
                     let y = layer.forward(&x, &pass, adapter)?;
                     kept.push(Kept::Input(x));
                     y
                 }
-                Checkpoint::None => {
+                Keep::All | Keep::WithoutMlp => {
                     let mut acts = layer.activations(&x, &pass, adapter)?;
                     let y = layer.output(&mut acts, &self.dims, adapter)?;
-                    kept.push(Kept::Activations(Box::new(acts.slim())));
+                    kept.push(Kept::Activations(Box::new(acts.slim(keep))));
                     y
                 }
             };
@@ -351,6 +359,51 @@ impl Decoder {
             full::embedding_backward(index, &batch.input_ids, &dx, grads)?;
         }
         Ok(LossOut { nll: loss.nll })
+    }
+
+    /// What each of some layers keeps for a batch of so many tokens.
+    fn keep(&self, policy: Checkpoint, tokens: usize, adapters: &[LayerAdapter<'_>]) -> Vec<Keep> {
+        let config = &self.config;
+        let limit = match policy {
+            Checkpoint::None => return vec![Keep::All; adapters.len()],
+            Checkpoint::Full => return vec![Keep::Input; adapters.len()],
+            Checkpoint::Auto => {
+                let weights: usize =
+                    config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+                KEPT_BYTES.max(4 * weights)
+            }
+        };
+        // Floats a token.
+        let hidden = config.hidden_size;
+        let (q, kv) = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        );
+        let before_norm = if config.qk_norm { q + kv } else { 0 };
+        let mlp = 2 * config.intermediate_size;
+        let attention = 2 * hidden + 2 * q + 2 * kv + before_norm + config.num_attention_heads + 2;
+        let low: usize = adapters.iter().map(LayerAdapter::ranks).max().unwrap_or(0);
+        let size = |keep: Keep| {
+            let floats = match keep {
+                Keep::All => attention + low + mlp,
+                Keep::WithoutMlp => attention + low,
+                Keep::Input => hidden,
+            };
+            4 * floats * tokens
+        };
+        let mut total = size(Keep::All) * adapters.len();
+        let mut keep = vec![Keep::All; adapters.len()];
+        for (from, to) in [(Keep::All, Keep::WithoutMlp), (Keep::WithoutMlp, Keep::Input)] {
+            // From the bottom, whose turn in the backward comes when the others' share is free.
+            for layer in &mut keep {
+                if total <= limit {
+                    return keep;
+                }
+                *layer = to;
+                total -= size(from) - size(to);
+            }
+        }
+        keep
     }
 
     fn pass<'a>(

@@ -207,6 +207,7 @@ impl GgufFile {
         self.for_rows(&mut out, row, |i, row_out| {
             self.dequantise(info, row_of(i), row_bytes, row_out);
         });
+        self.forget(info);
         Ok(out)
     }
 
@@ -227,7 +228,14 @@ impl GgufFile {
             self.dequantise(info, row_of(i), row_bytes, &mut wide);
             row_out.iter_mut().zip(wide).for_each(|(o, w)| *o = bf16::from_f32(w));
         });
+        self.forget(info);
         Ok(out)
+    }
+
+    /// Takes the pages of a tensor that has been read out of the process.
+    fn forget(&self, info: &TensorInfo) {
+        let rows: usize = info.shape.iter().rev().skip(1).product();
+        crate::safetensors_file::forget(&self.map, info.start, info.start + rows * info.row_bytes);
     }
 
     /// A tensor with the length and the bytes of its rows.

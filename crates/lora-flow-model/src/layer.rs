@@ -9,6 +9,7 @@
 
 use candle_core::{DType, Result, Tensor};
 use lora_flow_kernels::activation::{Act, swiglu_backward, swiglu_forward};
+use lora_flow_kernels::linear::{LoraPair, Projection};
 use lora_flow_kernels::rope::RopeTable;
 use lora_flow_kernels::{attention, elementwise, linear, rms_norm, rope};
 
@@ -55,61 +56,68 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// y [N, out] and, with an adapter, x·Aᵀ [N, r], which the backward needs.
-    fn forward(&self, x: &Tensor, slot: Option<&Slot<'_>>) -> Result<(Tensor, Option<Tensor>)> {
-        let (y, xa) = match slot.and_then(|slot| Some((slot, slot.low_rank?.1))) {
-            None => (linear::matmul_nt(x, &self.weight)?, None),
-            Some((slot, module)) if module.magnitude.is_some() => {
-                let (y, xa) = dora::forward(x, &self.weight, slot)?;
-                (y, Some(xa))
-            }
-            Some((slot, module)) => {
-                let (a, b, s) = (&module.a, &module.b, module.scale as f32);
-                let (y, xa) = match slot.mask(x)? {
-                    None => linear::lora_forward(x, &self.weight, a, b, s)?,
-                    Some(mask) => {
-                        let dropped = (x * mask)?;
-                        linear::lora_forward_dropped(x, &dropped, &self.weight, a, b, s)?
-                    }
-                };
-                (y, Some(xa))
-            }
-        };
-        match &self.bias {
-            None => Ok((y, xa)),
-            Some(bias) => Ok((y.broadcast_add(bias)?, xa)),
-        }
+    /// The weight with the low-rank module of `slot`.
+    fn with<'a>(&'a self, slot: Option<&Slot<'a>>) -> Projection<'a> {
+        let lora = slot.and_then(|slot| slot.low_rank).map(|(_, module)| LoraPair {
+            a: &module.a,
+            b: &module.b,
+            s: module.scale as f32,
+        });
+        Projection { w: &self.weight, lora }
     }
 
-    /// Adds the gradients of the adapter, if there is one, and returns dx [N, in] if `need_dx`.
-    /// `x` is only called for where an adapter needs it.
-    fn backward(
+    /// y [N, out] without the bias and, with a low-rank module, x·Aᵀ [N, r], for a projection that
+    /// is [`Slot::alone`] or stands beside one.
+    fn forward_alone(
+        &self,
+        x: &Tensor,
+        slot: Option<&Slot<'_>>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let w = &self.weight;
+        let Some((slot, (_, module))) = slot.and_then(|slot| Some((slot, slot.low_rank?))) else {
+            return Ok((linear::matmul_nt(x, w)?, None));
+        };
+        let (y, xa) = if module.magnitude.is_some() {
+            dora::forward(x, w, slot)?
+        } else {
+            let (a, b, s) = (&module.a, &module.b, module.scale as f32);
+            match slot.mask(x)? {
+                None => linear::lora_forward(x, w, a, b, s)?,
+                Some(mask) => linear::lora_forward_dropped(x, &(x * mask)?, w, a, b, s)?,
+            }
+        };
+        Ok((y, Some(xa)))
+    }
+
+    /// Backward of [`Self::forward_alone`]: adds the gradients of what is trained and returns dx
+    /// [N, in] if `need_dx`.
+    fn backward_alone(
         &self,
         dy: &Tensor,
-        x: impl FnOnce() -> Result<Tensor>,
+        x: &Tensor,
         xa: Option<&Tensor>,
         slot: Option<&Slot<'_>>,
         need_dx: bool,
         grads: &mut LoraGrads,
     ) -> Result<Option<Tensor>> {
+        let w = &self.weight;
         let low_rank = slot.and_then(|slot| Some((slot, slot.low_rank?)));
         let (Some((slot, (index, module))), Some(xa)) = (low_rank, xa) else {
             if let Some(slot) = slot {
-                full::linear_backward(dy, &x()?, slot, grads)?;
+                full::linear_backward(dy, x, slot, grads)?;
             }
-            return need_dx.then(|| linear::matmul_nn(dy, &self.weight)).transpose();
+            return need_dx.then(|| linear::matmul_nn(dy, w)).transpose();
         };
         if module.magnitude.is_some() {
-            return dora::backward(dy, &x()?, &self.weight, slot, xa, need_dx, grads);
+            return dora::backward(dy, x, w, slot, xa, need_dx, grads);
         }
         let (a, b, s) = (&module.a, &module.b, module.scale as f32);
-        let (x, w) = (x()?, &self.weight);
-        let Some(mask) = slot.mask(&x)? else {
-            let (dx, da, db) = linear::lora_backward(dy, &x, w, a, b, s, xa, need_dx)?;
+        let Some(mask) = slot.mask(x)? else {
+            let (dx, da, db) = linear::lora_backward(dy, x, w, a, b, s, xa, need_dx)?;
             grads.add(index, &da, &db)?;
             return Ok(dx);
         };
-        let dropped = (&x * &mask)?;
+        let dropped = (x * &mask)?;
         let parts = linear::lora_backward_parts(dy, &dropped, w, a, b, s, xa, need_dx)?;
         grads.add(index, &parts.da, &parts.db)?;
         let (Some(base), Some(low)) = (parts.dx_base, parts.dx_low_rank) else { return Ok(None) };
@@ -159,6 +167,17 @@ pub(crate) struct Layer {
 /// q or k as it was before its norm, and the norm's 1/σ: [N·heads, D] and [N·heads].
 type BeforeNorm = (Tensor, Tensor);
 
+/// What a layer keeps between its forward and its backward. The gradients have the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keep {
+    /// Everything that a product or the attention made.
+    All,
+    /// That without Gate and Up.
+    WithoutMlp,
+    /// The stream that enters the layer.
+    Input,
+}
+
 /// What the backward of a layer starts from.
 #[derive(Debug)]
 pub(crate) struct Activations {
@@ -176,18 +195,19 @@ pub(crate) struct Activations {
     rstd2: Tensor,
     /// Elementwise from `x2` and `rstd2`; not kept.
     n2: Option<Tensor>,
-    gate: Tensor,
-    up: Tensor,
-    /// Elementwise from `gate` and `up`; not kept.
+    /// Gate and up, unless they are made again.
+    mlp: Option<[Tensor; 2]>,
+    /// Elementwise from gate and up; not kept.
     h: Option<Tensor>,
     /// x·Aᵀ of the adapted projections.
     xa: [Option<Tensor>; 7],
 }
 
 impl Activations {
-    /// Without what is elementwise in the rest.
-    pub(crate) fn slim(self) -> Self {
-        Self { n1: None, n2: None, h: None, ..self }
+    /// Without what is elementwise in the rest, and without Gate and Up if `keep` says so.
+    pub(crate) fn slim(self, keep: Keep) -> Self {
+        let mlp = self.mlp.filter(|_| keep == Keep::All);
+        Self { n1: None, n2: None, h: None, mlp, ..self }
     }
 }
 
@@ -204,6 +224,76 @@ impl Layer {
         rms_norm::forward(x2, &self.mlp_norm, dims.eps)
     }
 
+    /// y [N, out] of projections that read the same x, with their biases; x·Aᵀ goes into `xa`.
+    fn project<const P: usize>(
+        &self,
+        x: &Tensor,
+        ps: [Proj; P],
+        adapter: &LayerAdapter<'_>,
+        xa: &mut [Option<Tensor>; 7],
+    ) -> Result<[Tensor; P]> {
+        let slots = ps.map(|p| adapter.slot(p));
+        let made = if slots.iter().flatten().any(|slot| slot.alone()) {
+            let each = ps.iter().zip(slots).map(|(p, slot)| self.linear(*p).forward_alone(x, slot));
+            each.collect::<Result<Vec<_>>>()?
+        } else {
+            linear::forward(x, &ps.map(|p| self.linear(p).with(adapter.slot(p))))?
+        };
+        let mut ys = Vec::with_capacity(P);
+        for (p, (y, low)) in ps.into_iter().zip(made) {
+            xa[p as usize] = low;
+            ys.push(match &self.linear(p).bias {
+                Some(bias) => y.broadcast_add(bias)?,
+                None => y,
+            });
+        }
+        ys.try_into().map_err(|_| candle_core::Error::Msg("a projection is missing".into()))
+    }
+
+    /// Backward of [`Self::project`]: adds the gradients of the adapters and returns dx [N, in] if
+    /// `need_dx`. `x` is only called for where an adapter needs it.
+    #[allow(clippy::too_many_arguments)]
+    fn project_back<const P: usize>(
+        &self,
+        dys: [&Tensor; P],
+        ps: [Proj; P],
+        x: impl FnOnce() -> Result<Tensor>,
+        adapter: &LayerAdapter<'_>,
+        xa: &[Option<Tensor>; 7],
+        need_dx: bool,
+        grads: &mut LoraGrads,
+    ) -> Result<Option<Tensor>> {
+        let slots = ps.map(|p| adapter.slot(p));
+        let x = slots.iter().any(Option::is_some).then(x).transpose()?;
+        if let Some(x) = &x
+            && slots.iter().flatten().any(|slot| slot.alone())
+        {
+            let mut sum: Option<Tensor> = None;
+            for ((p, dy), slot) in ps.into_iter().zip(dys).zip(slots) {
+                let xa = xa[p as usize].as_ref();
+                let dx = self.linear(p).backward_alone(dy, x, xa, slot, need_dx, grads)?;
+                sum = match (sum, dx) {
+                    (Some(a), Some(b)) => Some(elementwise::add_scaled(&a, &b, 1.0)?),
+                    (one, None) | (None, one) => one,
+                };
+            }
+            return Ok(sum);
+        }
+        if x.is_none() && !need_dx {
+            return Ok(None);
+        }
+        let layers = ps.map(|p| self.linear(p).with(adapter.slot(p)));
+        let xas = ps.map(|p| xa[p as usize].as_ref());
+        let (dx, gradients) = linear::backward(&dys, x.as_ref(), &layers, &xas, need_dx)?;
+        for (slot, gradients) in slots.into_iter().zip(gradients) {
+            let index = slot.and_then(|slot| slot.low_rank).map(|(index, _)| index);
+            if let (Some(index), Some((da, db))) = (index, gradients) {
+                grads.add(index, &da, &db)?;
+            }
+        }
+        Ok(dx)
+    }
+
     /// q, k and v [N, heads, D] of n₁, normalised and rotated.
     #[allow(clippy::type_complexity)]
     fn qkv(
@@ -214,12 +304,7 @@ impl Layer {
         xa: &mut [Option<Tensor>; 7],
     ) -> Result<(Tensor, Tensor, Tensor, Option<[BeforeNorm; 2]>)> {
         let dims = pass.dims;
-        let mut project = |p: Proj| -> Result<Tensor> {
-            let (y, low) = self.linear(p).forward(n1, adapter.slot(p))?;
-            xa[p as usize] = low;
-            Ok(y)
-        };
-        let (mut q, mut k, v) = (project(Proj::Q)?, project(Proj::K)?, project(Proj::V)?);
+        let [mut q, mut k, v] = self.project(n1, [Proj::Q, Proj::K, Proj::V], adapter, xa)?;
         let mut before = None;
         if let Some([q_weight, k_weight]) = &self.qk_norm {
             let by_head = |t: Tensor| t.reshape(((), dims.head_dim));
@@ -249,15 +334,11 @@ impl Layer {
         let (n1, rstd1) = self.norm1(x, dims)?;
         let (q, k, v, before_qk_norm) = self.qkv(&n1, pass, adapter, &mut xa)?;
         let (o, lse) = attention::forward(&q, &k, &v, pass.docs, dims.scale(), dims.window)?;
-        let (attended, low) =
-            self.linear(Proj::O).forward(&o.flatten_from(1)?, adapter.slot(Proj::O))?;
-        xa[Proj::O as usize] = low;
+        let [attended] = self.project(&o.flatten_from(1)?, [Proj::O], adapter, &mut xa)?;
         let (x2, n2, rstd2) = rms_norm::add_forward(&attended, x, &self.mlp_norm, dims.eps)?;
-        let (gate, low) = self.linear(Proj::Gate).forward(&n2, adapter.slot(Proj::Gate))?;
-        xa[Proj::Gate as usize] = low;
-        let (up, low) = self.linear(Proj::Up).forward(&n2, adapter.slot(Proj::Up))?;
-        xa[Proj::Up as usize] = low;
-        let h = swiglu_forward(&gate, &up, dims.act)?;
+        drop(attended);
+        let mlp = self.project(&n2, [Proj::Gate, Proj::Up], adapter, &mut xa)?;
+        let h = swiglu_forward(&mlp[0], &mlp[1], dims.act)?;
         Ok(Activations {
             x: x.clone(),
             rstd1,
@@ -271,8 +352,7 @@ impl Layer {
             x2,
             rstd2,
             n2: Some(n2),
-            gate,
-            up,
+            mlp: Some(mlp),
             h: Some(h),
             xa,
         })
@@ -286,8 +366,7 @@ impl Layer {
         adapter: &LayerAdapter<'_>,
     ) -> Result<Tensor> {
         let h = acts.h(dims)?;
-        let (y, low) = self.linear(Proj::Down).forward(&h, adapter.slot(Proj::Down))?;
-        acts.xa[Proj::Down as usize] = low;
+        let [y] = self.project(&h, [Proj::Down], adapter, &mut acts.xa)?;
         elementwise::add_scaled(&acts.x2, &y, 1.0)
     }
 
@@ -299,6 +378,11 @@ impl Layer {
         adapter: &LayerAdapter<'_>,
     ) -> Result<Tensor> {
         let mut acts = self.activations(x, pass, adapter)?;
+        // The rest of the layer needs none of this.
+        (acts.n1, acts.n2) = (None, None);
+        if let Some(h) = &acts.h {
+            (acts.mlp, acts.h) = (None, Some(h.clone()));
+        }
         self.output(&mut acts, pass.dims, adapter)
     }
 
@@ -312,12 +396,13 @@ impl Layer {
     ) -> Result<Activations> {
         let mut acts = self.activations(x, pass, adapter)?;
         let down = adapter.slot(Proj::Down);
-        if let Some((slot, (_, module))) = down.and_then(|slot| Some((slot, slot.low_rank?))) {
+        if let Some(slot) = down.filter(|slot| slot.low_rank.is_some()) {
             let mut h = acts.h(pass.dims)?;
             if let Some(mask) = slot.mask(&h)? {
                 h = (h * mask)?;
             }
-            acts.xa[Proj::Down as usize] = Some(linear::matmul_nt(&h, &module.a)?);
+            let down = self.linear(Proj::Down).with(Some(slot));
+            acts.xa[Proj::Down as usize] = Some(linear::low_rank(&h, &down)?);
         }
         Ok(acts)
     }
@@ -342,38 +427,37 @@ impl Layer {
         let reach_attention = reach_heads || adapted(&[Proj::Q, Proj::K, Proj::V]);
         let reach_middle = reach_attention || adapted(&[Proj::O]) || norm2.is_some();
         let reach_gated = reach_middle || adapted(&[Proj::Gate, Proj::Up]);
-        let xa = std::mem::take(&mut acts.xa);
-        let xa = |p: Proj| xa[p as usize].as_ref();
+        let mut xa = std::mem::take(&mut acts.xa);
 
         // MLP
+        if acts.mlp.is_none() {
+            let n2 = self.norm2(&acts.x2, dims)?.0;
+            acts.mlp = Some(self.project(&n2, [Proj::Gate, Proj::Up], adapter, &mut xa)?);
+            acts.n2 = Some(n2);
+        }
         let h = || acts.h(dims);
-        let down = self.linear(Proj::Down);
-        let slot = adapter.slot(Proj::Down);
-        let Some(dh) = down.backward(dy, h, xa(Proj::Down), slot, reach_gated, grads)? else {
-            return Ok(None);
+        let dh = self.project_back([dy], [Proj::Down], h, adapter, &xa, reach_gated, grads)?;
+        let Some(dh) = dh else { return Ok(None) };
+        let [gate, up] = acts.mlp.take().map_or_else(|| candle_core::bail!("no gate"), Ok)?;
+        acts.h = None;
+        let (dgate, dup) = swiglu_backward(&dh, &gate, &up, dims.act)?;
+        drop((dh, gate, up));
+        let n2 = || match acts.n2.take() {
+            Some(n2) => Ok(n2),
+            None => Ok(self.norm2(&acts.x2, dims)?.0),
         };
-        let (dgate, dup) = swiglu_backward(&dh, &acts.gate, &acts.up, dims.act)?;
-        drop(dh);
-        if acts.n2.is_none() && adapted(&[Proj::Gate, Proj::Up]) {
-            acts.n2 = Some(self.norm2(&acts.x2, dims)?.0);
-        }
-        let n2 = || kept(&acts.n2);
-        let mut dn2 = None;
-        for (p, d) in [(Proj::Gate, dgate), (Proj::Up, dup)] {
-            let slot = adapter.slot(p);
-            let dx = self.linear(p).backward(&d, n2, xa(p), slot, reach_middle, grads)?;
-            dn2 = sum(dn2, dx)?;
-        }
+        let ps = [Proj::Gate, Proj::Up];
+        let dn2 = self.project_back([&dgate, &dup], ps, n2, adapter, &xa, reach_middle, grads)?;
+        drop((dgate, dup));
         let Some(dn2) = dn2 else { return Ok(None) };
         full::norm_backward(norm2, &dn2, &acts.x2, &acts.rstd2, grads)?;
         let dx2 = rms_norm::backward_add(&dn2, &acts.x2, &self.mlp_norm, &acts.rstd2, Some(dy))?;
         drop(dn2);
 
         // Attention
-        let (linear, slot) = (self.linear(Proj::O), adapter.slot(Proj::O));
         let o = || acts.o.flatten_from(1);
         let Some(dattended) =
-            linear.backward(&dx2, o, xa(Proj::O), slot, reach_attention, grads)?
+            self.project_back([&dx2], [Proj::O], o, adapter, &xa, reach_attention, grads)?
         else {
             return Ok(None);
         };
@@ -400,17 +484,16 @@ impl Layer {
             full::norm_backward(k_norm, &dk.reshape(k.0.shape())?, &k.0, &k.1, grads)?;
             (dq, dk) = (back(dq, q, q_weight)?, back(dk, k, k_weight)?);
         }
-        if acts.n1.is_none() && adapted(&[Proj::Q, Proj::K, Proj::V]) {
-            acts.n1 = Some(self.norm1(&acts.x, dims)?.0);
-        }
-        let n1 = || kept(&acts.n1);
+        let n1 = || match acts.n1.take() {
+            Some(n1) => Ok(n1),
+            None => Ok(self.norm1(&acts.x, dims)?.0),
+        };
         let tokens = pass.positions.len();
-        let mut dn1 = None;
-        for (p, d) in [(Proj::Q, dq), (Proj::K, dk), (Proj::V, dv)] {
-            let (d, slot) = (d.reshape((tokens, ()))?, adapter.slot(p));
-            let dx = self.linear(p).backward(&d, n1, xa(p), slot, reach_norm1, grads)?;
-            dn1 = sum(dn1, dx)?;
-        }
+        let flat = |d: Tensor| d.reshape((tokens, ()));
+        let (dq, dk, dv) = (flat(dq)?, flat(dk)?, flat(dv)?);
+        let ps = [Proj::Q, Proj::K, Proj::V];
+        let dn1 = self.project_back([&dq, &dk, &dv], ps, n1, adapter, &xa, reach_norm1, grads)?;
+        drop((dq, dk, dv));
         let Some(dn1) = dn1 else { return Ok(None) };
         full::norm_backward(norm1, &dn1, &acts.x, &acts.rstd1, grads)?;
         if !need_dx {
@@ -439,13 +522,11 @@ impl Layer {
         } else {
             cache.attend(&q, dims)?
         };
-        let (attended, _) =
-            self.linear(Proj::O).forward(&o.flatten_from(1)?, adapter.slot(Proj::O))?;
+        let [attended] = self.project(&o.flatten_from(1)?, [Proj::O], adapter, &mut xa)?;
         let (x2, n2, _) = rms_norm::add_forward(&attended, x, &self.mlp_norm, dims.eps)?;
-        let (gate, _) = self.linear(Proj::Gate).forward(&n2, adapter.slot(Proj::Gate))?;
-        let (up, _) = self.linear(Proj::Up).forward(&n2, adapter.slot(Proj::Up))?;
+        let [gate, up] = self.project(&n2, [Proj::Gate, Proj::Up], adapter, &mut xa)?;
         let h = swiglu_forward(&gate, &up, dims.act)?;
-        let (y, _) = self.linear(Proj::Down).forward(&h, adapter.slot(Proj::Down))?;
+        let [y] = self.project(&h, [Proj::Down], adapter, &mut xa)?;
         elementwise::add_scaled(&x2, &y, 1.0)
     }
 }
@@ -453,22 +534,11 @@ impl Layer {
 impl Activations {
     /// The gated product, kept or made again.
     fn h(&self, dims: &Dims) -> Result<Tensor> {
-        match &self.h {
-            Some(h) => Ok(h.clone()),
-            None => swiglu_forward(&self.gate, &self.up, dims.act),
+        match (&self.h, &self.mlp) {
+            (Some(h), _) => Ok(h.clone()),
+            (None, Some([gate, up])) => swiglu_forward(gate, up, dims.act),
+            (None, None) => candle_core::bail!("gate and up were not kept"),
         }
-    }
-}
-
-/// A tensor that was made just before it is asked for.
-fn kept(tensor: &Option<Tensor>) -> Result<Tensor> {
-    tensor.clone().ok_or_else(|| candle_core::Error::Msg("an activation was not kept".into()))
-}
-
-fn sum(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
-    match (a, b) {
-        (Some(a), Some(b)) => Ok(Some(elementwise::add_scaled(&a, &b, 1.0)?)),
-        (one, None) | (None, one) => Ok(one),
     }
 }
 

@@ -109,6 +109,14 @@ impl SafetensorsFile {
         Ok(&self.map[info.start..info.end])
     }
 
+    /// Takes the pages of a tensor out of the process again; they are read anew when they are
+    /// asked for. Without this, a model that has been read is in memory twice.
+    fn forget(&self, name: &str) {
+        if let Some(info) = self.tensors.get(name) {
+            forget(&self.map, info.start, info.end);
+        }
+    }
+
     /// A tensor's values as f32.
     ///
     /// # Errors
@@ -116,11 +124,13 @@ impl SafetensorsFile {
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         let dtype = self.info(name)?.dtype;
         let bytes = self.bytes(name)?;
-        Ok(match dtype {
+        let values = match dtype {
             DType::F32 => convert(bytes, f32::from_le_bytes),
             DType::BF16 => convert(bytes, |b| bf16::from_le_bytes(b).to_f32()),
             _ => convert(bytes, |b| f16::from_le_bytes(b).to_f32()),
-        })
+        };
+        self.forget(name);
+        Ok(values)
     }
 
     /// A tensor's values as bf16, rounded to nearest where it is wider.
@@ -130,12 +140,33 @@ impl SafetensorsFile {
     pub fn read_bf16(&self, name: &str) -> Result<Vec<bf16>> {
         let dtype = self.info(name)?.dtype;
         let bytes = self.bytes(name)?;
-        Ok(match dtype {
+        let values = match dtype {
             DType::F32 => convert(bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
             DType::BF16 => convert(bytes, bf16::from_le_bytes),
             _ => convert(bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
-        })
+        };
+        self.forget(name);
+        Ok(values)
     }
+}
+
+/// Takes the whole pages of `start..end` of a mapped file out of the process. A hint: where it
+/// cannot be given, memory is all that is lost.
+pub(crate) fn forget(map: &Mmap, start: usize, end: usize) {
+    #[cfg(unix)]
+    {
+        const PAGE: usize = 4096;
+        let start = start.next_multiple_of(PAGE);
+        let end = end / PAGE * PAGE;
+        if start < end {
+            // SAFETY: a shared mapping of a file that nobody writes gives the same bytes again.
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+            };
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = (map, start, end);
 }
 
 /// Little-endian elements of `N` bytes to values, in parallel.

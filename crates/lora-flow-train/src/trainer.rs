@@ -293,7 +293,7 @@ impl<'a> Trainer<'a> {
                 dropout: Some(DropoutKey(key.next_u64())),
                 checkpoint: match self.run.config.gradient_checkpointing {
                     true => decoder::Checkpoint::Full,
-                    false => decoder::Checkpoint::None,
+                    false => decoder::Checkpoint::Auto,
                 },
             };
             let loss = self

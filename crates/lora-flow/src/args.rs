@@ -452,6 +452,27 @@ pub enum BenchCommand {
     },
     /// Forward and loss alone, without an adapter
     Eval(BenchArgs),
+    /// Text generation with cached keys and values, without an adapter
+    Generate(BenchGenerateArgs),
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct BenchGenerateArgs {
+    /// A published model folder (config.json, weights)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 128, value_parser = at_least_one)]
+    pub prompt: usize,
+    /// New tokens, of which the first counts to the prompt
+    #[arg(long, default_value_t = 65, value_parser = at_least_one)]
+    pub tokens: usize,
+    /// Weights and the operands of products in bf16, sums in f32
+    #[arg(long)]
+    pub bf16: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -468,6 +489,9 @@ pub struct BenchArgs {
     /// Where tensors live: `cpu`, `cuda`, `cuda:N`
     #[arg(long, default_value = "cpu", env = "LORA_FLOW_DEVICE")]
     pub device: DeviceSpec,
+    /// Weights and the operands of products in bf16, sums in f32
+    #[arg(long)]
+    pub bf16: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -5,7 +5,7 @@
 //! its operands. Here keys and values are laid out as panels once and A is read in place. Each
 //! element of C is one sum in the order of k on every instruction set.
 
-use crate::simd::{Baseline, Isa, Level, Vector, level};
+use crate::simd::{Baseline, Level, Raw, level, rows_in_tiles};
 
 /// Columns of a panel.
 pub(super) const PANEL: usize = 16;
@@ -60,78 +60,6 @@ pub(super) fn product(c: Target<'_>, rows: usize, depth: usize, a: Left<'_>, pan
     }
 }
 
-/// Checked operands.
-#[derive(Clone, Copy)]
-struct Raw {
-    c: *mut f32,
-    stride: usize,
-    add: bool,
-    a: *const f32,
-    row: usize,
-    column: usize,
-    b: *const f32,
-    depth: usize,
-}
-
-impl Raw {
-    /// The operands from row `rows` on.
-    #[inline(always)]
-    unsafe fn skip(self, rows: usize) -> Self {
-        // Safety: the caller has not come to the last row yet.
-        unsafe {
-            Self { c: self.c.add(rows * self.stride), a: self.a.add(rows * self.row), ..self }
-        }
-    }
-}
-
-/// `ROWS` rows by `VECTORS` registers of C.
-#[inline(always)]
-unsafe fn tile<M: Isa, const ROWS: usize, const VECTORS: usize>(raw: Raw) {
-    const { assert!(VECTORS * M::Vector::LEN == PANEL) };
-    // Safety: `product` has checked the bounds for all rows and the whole depth.
-    unsafe {
-        let mut sums = [[M::Vector::splat(0.0); VECTORS]; ROWS];
-        let (mut a, mut b) = (raw.a, raw.b);
-        for _ in 0..raw.depth {
-            let mut right = [M::Vector::splat(0.0); VECTORS];
-            for (j, right) in right.iter_mut().enumerate() {
-                *right = M::Vector::load(b.add(j * M::Vector::LEN));
-            }
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let left = M::Vector::splat(*a.add(i * raw.row));
-                for (sum, right) in sums.iter_mut().zip(right) {
-                    *sum = left.mul_add(right, *sum);
-                }
-            }
-            a = a.wrapping_add(raw.column);
-            b = b.wrapping_add(PANEL);
-        }
-        for (i, sums) in sums.into_iter().enumerate() {
-            for (j, sum) in sums.into_iter().enumerate() {
-                let c = raw.c.add(i * raw.stride + j * M::Vector::LEN);
-                let sum = if raw.add { M::Vector::load(c).add(sum) } else { sum };
-                sum.store(c);
-            }
-        }
-    }
-}
-
-/// Goes down the rows in tiles of the given heights, the tallest first.
-macro_rules! rows_in_tiles {
-    ($raw:ident, $rows:ident, $isa:ty, $vectors:literal, [$($height:literal),+]) => {{
-        let (mut raw, mut rows) = ($raw, $rows);
-        $(
-            while rows >= $height {
-                tile::<$isa, $height, $vectors>(raw);
-                rows -= $height;
-                if rows > 0 {
-                    raw = raw.skip($height);
-                }
-            }
-        )+
-    }};
-}
-
 unsafe fn product_baseline(raw: Raw, rows: usize) {
     // Safety: by the caller.
     unsafe { rows_in_tiles!(raw, rows, Baseline, 4, [2, 1]) }
@@ -139,8 +67,7 @@ unsafe fn product_baseline(raw: Raw, rows: usize) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Raw, tile};
-    use crate::simd::{Avx2, Avx512};
+    use crate::simd::{Avx2, Avx512, Raw, rows_in_tiles};
 
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn product_avx2(raw: Raw, rows: usize) {

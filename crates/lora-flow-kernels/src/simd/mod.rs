@@ -5,9 +5,11 @@
 //! may not reorder, are written with registers in [`math`].
 
 mod math;
+mod tile;
 mod vector;
 
 pub(crate) use math::{dot, dot_bf16, dot3, exp, max, sigmoid, sum};
+pub(crate) use tile::{Raw, rows_in_tiles, tile};
 pub(crate) use vector::Vector;
 
 /// An instruction set that bodies are compiled for.
@@ -18,6 +20,12 @@ pub(crate) trait Isa: Copy {
     /// `a * b + c`: one rounding where the processor has FMA, two elsewhere (calling a software
     /// FMA would be far slower).
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
+
+    /// The transpose of a square.
+    #[inline(always)]
+    fn turn(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        std::array::from_fn(|i| std::array::from_fn(|j| square[j][i]))
+    }
 }
 
 /// What every processor of the target has.
@@ -46,6 +54,11 @@ impl Isa for Avx2 {
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
         a.mul_add(b, c)
     }
+    #[inline(always)]
+    fn turn(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        // Safety: bodies run only where AVX2 is there.
+        unsafe { vector::turn(square) }
+    }
 }
 
 /// AVX-512 F, VL, DQ and BW.
@@ -60,6 +73,40 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
         a.mul_add(b, c)
+    }
+    #[inline(always)]
+    fn turn(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        // Safety: bodies run only where AVX2 is there.
+        unsafe { vector::turn(square) }
+    }
+}
+
+/// [`Avx512`] with dot products of pairs of `bf16` numbers (AVX512_BF16). A "float" of the operands
+/// of a product is such a pair; sums are `f32`. For [`tile`] alone.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512Bf16;
+
+#[cfg(target_arch = "x86_64")]
+impl Isa for Avx512Bf16 {
+    type Vector = vector::Pairs;
+
+    #[inline(always)]
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+}
+
+/// Whether this processor multiplies pairs of `bf16` numbers.
+#[inline]
+pub(crate) fn has_bf16_pairs() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
     }
 }
 

@@ -77,6 +77,9 @@ impl Vector for Four {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Pairs, turn};
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Vector;
     use std::arch::x86_64::*;
@@ -158,6 +161,79 @@ mod x86 {
         #[inline(always)]
         unsafe fn mul_add(self, b: Self, c: Self) -> Self {
             unsafe { _mm512_fmadd_ps(self, b, c) }
+        }
+    }
+
+    /// The transpose of a square.
+    #[inline(always)]
+    pub(crate) unsafe fn turn(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        unsafe {
+            let r = square.map(|row| _mm256_loadu_ps(row.as_ptr()));
+            let mut t = r;
+            for i in 0..4 {
+                t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            let mut u = t;
+            for i in 0..2 {
+                u[4 * i] = _mm256_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+                u[4 * i + 1] = _mm256_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+                u[4 * i + 2] = _mm256_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+                u[4 * i + 3] = _mm256_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+            }
+            let mut out = [[0.0; 8]; 8];
+            for i in 0..4 {
+                let low = _mm256_permute2f128_ps::<0x20>(u[i], u[i + 4]);
+                let high = _mm256_permute2f128_ps::<0x31>(u[i], u[i + 4]);
+                _mm256_storeu_ps(out[i].as_mut_ptr(), low);
+                _mm256_storeu_ps(out[i + 4].as_mut_ptr(), high);
+            }
+            out
+        }
+    }
+
+    /// Sixteen sums, or sixteen pairs of `bf16` numbers.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Pairs(__m512);
+
+    impl Vector for Pairs {
+        const LEN: usize = 16;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            Pairs(unsafe { _mm512_castsi512_ps(_mm512_set1_epi32(x.to_bits() as i32)) })
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            Pairs(unsafe { _mm512_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(_from: *const u16) -> Self {
+            unreachable!("pairs are loaded as they are")
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            Pairs(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            Pairs(unsafe { _mm512_mul_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            Pairs(unsafe { _mm512_max_ps(self.0, other.0) })
+        }
+        /// c + the dot products of the pairs of self and b.
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            // Safety: a `__m512` and a `__m512bh` are the same 64 bytes.
+            unsafe {
+                let pairs = |x: Self| std::mem::transmute::<__m512, __m512bh>(x.0);
+                Pairs(_mm512_dpbf16_ps(c.0, pairs(self), pairs(b)))
+            }
         }
     }
 }

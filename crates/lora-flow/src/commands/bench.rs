@@ -13,6 +13,7 @@ use lora_flow_kernels::profile::{self, Category};
 use lora_flow_model::adapter::LoraGrads;
 use lora_flow_model::batch::Batch;
 use lora_flow_model::decoder::{Checkpoint, Decoder, PassOptions};
+use lora_flow_model::generate::{GenerateOptions, Generator};
 use lora_flow_model::lora::{Lora, LoraConfig};
 use lora_flow_train::{
     AdamW, AdamWSettings, TrainConfig, clip_grad_norm, cpu_seconds, open_device, peak_rss_bytes,
@@ -20,21 +21,25 @@ use lora_flow_train::{
 use serde_json::{Map, json};
 
 use super::generate::open_dir;
-use crate::args::{BenchArgs, BenchCommand};
+use crate::args::{BenchArgs, BenchCommand, BenchGenerateArgs};
 use crate::table;
 use crate::ui::Failure;
 
 pub fn bench(command: &BenchCommand) -> Result<i32, Failure> {
-    let (BenchCommand::Train { bench: args, .. } | BenchCommand::Eval(args)) = command;
+    let args = match command {
+        BenchCommand::Train { bench, .. } | BenchCommand::Eval(bench) => bench,
+        BenchCommand::Generate(args) => return generate(args),
+    };
     let device = open_device(args.device)?;
-    let decoder = Decoder::load(&open_dir(ArtifactKind::Model, &args.model)?, &device, DType::F32)?;
+    let dtype = if args.bf16 { DType::BF16 } else { DType::F32 };
+    let decoder = Decoder::load(&open_dir(ArtifactKind::Model, &args.model)?, &device, dtype)?;
     let batch = synthetic(args.batch, decoder.config().vocab_size)?;
     let timed = match command {
         BenchCommand::Train { r, checkpointing, .. } => {
             let mut step = training_step(&decoder, &batch, *r, *checkpointing)?;
             time(args.steps, &device, &mut step)?
         }
-        BenchCommand::Eval(_) => {
+        BenchCommand::Eval(_) | BenchCommand::Generate(_) => {
             time(args.steps, &device, &mut || decoder.nll(&batch, None).map(drop))?
         }
     };
@@ -42,6 +47,53 @@ pub fn bench(command: &BenchCommand) -> Result<i32, Failure> {
     let peak = peak_rss_bytes();
     let ceiling = gemm_ceiling(&decoder, batch.len()).context("cannot measure the products")?;
     report(args, command, &batch, &timed, peak, ceiling)?;
+    Ok(0)
+}
+
+/// Speed of the prompt (with the first new token) and of each further token.
+fn generate(args: &BenchGenerateArgs) -> Result<i32, Failure> {
+    let dtype = if args.bf16 { DType::BF16 } else { DType::F32 };
+    let model = open_dir(ArtifactKind::Model, &args.model)?;
+    let decoder = Decoder::load(&model, &Device::Cpu, dtype)?;
+    let prompt = synthetic((1, args.prompt), decoder.config().vocab_size)?.input_ids;
+    let options = GenerateOptions {
+        max_new_tokens: args.tokens,
+        stop: Some(Vec::new()),
+        ..GenerateOptions::default()
+    };
+    // Once to warm up, once with the clock.
+    let mut clock = Vec::new();
+    for _ in 0..2 {
+        clock = vec![(Instant::now(), cpu_seconds())];
+        Generator::new(&decoder).generate(&prompt, None, &options, |_| {
+            clock.push((Instant::now(), cpu_seconds()));
+            true
+        })?;
+    }
+    let span = |from: usize, to: usize| {
+        ((clock[to].0 - clock[from].0).as_secs_f64(), clock[to].1 - clock[from].1)
+    };
+    let (prompt_wall, prompt_cpu) = span(0, 1);
+    let (wall, cpu) = span(1, clock.len() - 1);
+    let (first, rest) = (args.prompt as f64, (clock.len() - 2) as f64);
+    let result = json!({
+        "bench": "generate",
+        "prompt_tokens": args.prompt,
+        "new_tokens": rest,
+        "prompt_tokens_per_second": first / prompt_wall,
+        "prompt_tokens_per_cpu_second": first / prompt_cpu,
+        "tokens_per_second": rest / wall,
+        "tokens_per_cpu_second": rest / cpu,
+        "peak_rss_bytes": peak_rss_bytes(),
+    });
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&result)?);
+    } else {
+        println!("prompt, tokens/s     {:>9.1}", first / prompt_wall);
+        println!("tokens/s             {:>9.1}", rest / wall);
+        println!("tokens/CPU-second    {:>9.1}", rest / cpu);
+        println!("peak memory          {:>9}", table::bytes(peak_rss_bytes()));
+    }
     Ok(0)
 }
 
@@ -71,7 +123,7 @@ fn training_step<'a>(
     let options = PassOptions {
         grad_scale: 1.0 / batch.supervised() as f32,
         dropout: None,
-        checkpoint: if checkpointing { Checkpoint::Full } else { Checkpoint::None },
+        checkpoint: if checkpointing { Checkpoint::Full } else { Checkpoint::Auto },
     };
     let mut done = 0;
     Ok(move || {
@@ -158,7 +210,7 @@ fn report(
     let (what, passes) = match command {
         // Forward, and the gradient of the input: a frozen weight has none of its own.
         BenchCommand::Train { .. } => ("train", 2.0),
-        BenchCommand::Eval(_) => ("eval", 1.0),
+        BenchCommand::Eval(_) | BenchCommand::Generate(_) => ("eval", 1.0),
     };
     let wall = timed.wall.as_secs_f64();
     let floor = ceiling.flops / (2.0 * passes * ceiling.weights);
