@@ -329,7 +329,7 @@ fn compared(
 }
 
 /// A number with about five significant digits.
-pub fn number(v: f64) -> String {
+fn number(v: f64) -> String {
     let size = v.abs();
     if !v.is_finite() {
         format!("{v}")
