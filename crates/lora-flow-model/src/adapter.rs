@@ -60,6 +60,11 @@ fn mix(key: u64, counter: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// Key of the mask of one linear layer, by its index among all of the model.
+pub(crate) fn linear_key(DropoutKey(key): DropoutKey, at: usize) -> u64 {
+    mix(key, at as u64)
+}
+
 /// The adapted projections of one layer.
 #[derive(Debug, Default)]
 pub(crate) struct LayerAdapter<'a> {
@@ -122,7 +127,7 @@ impl<'a> AdapterMap<'a> {
                 return Err(Error::new(format!("the adapter has `{}` twice", module.path)));
             }
             let dropout =
-                dropout.map(|DropoutKey(key)| (lora.config.lora_dropout, mix(key, at as u64)));
+                dropout.map(|key| (lora.config.lora_dropout, linear_key(key, at)));
             *slot = Some(Slot { index, module, dropout });
         }
         Ok(Self { layers })

@@ -10,6 +10,8 @@ pub mod batch;
 pub mod config;
 mod config_gguf;
 mod config_hf;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod decoder;
 pub mod generate;
 pub mod gguf;
@@ -19,6 +21,7 @@ pub mod lora;
 pub mod lora_match;
 pub mod merge;
 pub mod peft;
+pub mod place;
 pub mod safetensors_file;
 pub mod weights;
 

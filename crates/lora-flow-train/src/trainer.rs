@@ -7,7 +7,7 @@ use std::time::Instant;
 use lora_flow_core::{
     CancelToken, Digest, Error, ErrorKind, Event, LogLevel, Progress, Reporter, Result, ResultExt,
 };
-use lora_flow_model::adapter::{DropoutKey, LoraGrads};
+use lora_flow_model::adapter::DropoutKey;
 use lora_flow_model::decoder::{self, Decoder, PassOptions};
 use lora_flow_model::lora::Lora;
 use rand_chacha::rand_core::RngCore;
@@ -17,7 +17,8 @@ use crate::checkpoint::{Checkpoint, State};
 use crate::config::TrainConfig;
 use crate::evaluate::{Budget, MeanLoss, document_losses, mean_loss};
 use crate::log::{EvalLine, Log, StepLine, peak_rss_bytes};
-use crate::optimizer::{self, AdamW, AdamWSettings, clip_grad_norm};
+use crate::learner::{Learner, Values};
+use crate::optimizer::{self, AdamWSettings};
 use crate::order::{DataOrder, Steps, stream};
 use crate::schedule::Schedule;
 use crate::sequences::{Loaded, Sequences, load, supervised};
@@ -93,8 +94,7 @@ struct Trainer<'a> {
     order: DataOrder,
     steps: Steps,
     schedule: Schedule,
-    optimizer: AdamW,
-    grads: LoraGrads,
+    learner: Learner<'a>,
     log: Log,
     state: State,
     best: Vec<Vec<f32>>,
@@ -123,8 +123,9 @@ impl<'a> Trainer<'a> {
         let config = run.config;
         let order = DataOrder::new(usable_rows(&run)?, config);
         let steps = order.steps(config);
-        let mut optimizer = AdamW::new(&run.lora, AdamWSettings::new(config))?;
-        let lengths: Vec<_> = optimizer.params.iter().map(Vec::len).collect();
+        let mut learner = Learner::new(run.decoder, &run.lora, AdamWSettings::new(config))?;
+        let tensors = run.lora.modules.iter().flat_map(|m| [&m.a, &m.b]);
+        let lengths: Vec<_> = tensors.map(|t| t.elem_count()).collect();
         let identity = Digest::of_json(&serde_json::json!({
             "run": run.identity,
             "settings": config,
@@ -133,8 +134,8 @@ impl<'a> Trainer<'a> {
         let (mut state, mut best) = (State::default(), Vec::new());
         if let Some(found) = Checkpoint::load_last(run.state_dir, identity, &lengths)? {
             (state, best) = (found.state, found.best);
-            (optimizer.params, optimizer.m, optimizer.v) = (found.params, found.m, found.v);
-            optimizer.write_to(&mut run.lora)?;
+            learner.restore(Values { params: found.params, m: found.m, v: found.v })?;
+            learner.write_to(&mut run.lora)?;
             info(&run, format!("resuming after step {} of {}", state.step, steps.total));
         }
         let log = Log::open(&run.state_dir.join(LOG_FILE), state.log_bytes)?;
@@ -143,8 +144,7 @@ impl<'a> Trainer<'a> {
             order,
             steps,
             schedule: Schedule::new(config, steps.total),
-            optimizer,
-            grads: LoraGrads::zeros(&run.lora),
+            learner,
             log,
             resumed_from: state.step,
             state,
@@ -198,7 +198,7 @@ impl<'a> Trainer<'a> {
         if supervised == 0 {
             return Err(failed("no supervised tokens".into()));
         }
-        self.grads.clear();
+        self.learner.clear();
         let mut nll = 0.0;
         for (index, pass) in passes.iter().enumerate().filter(|(_, p)| !p.batch.is_empty()) {
             let mut key = stream("dropout", self.run.config.seed, &[done, index as u64]);
@@ -211,9 +211,8 @@ impl<'a> Trainer<'a> {
                 },
             };
             let loss = self
-                .run
-                .decoder
-                .loss_and_grad(&pass.batch, &self.run.lora, &options, &mut self.grads)
+                .learner
+                .pass(&pass.batch, &self.run.lora, &options)
                 .with_context(|| format!("step {} failed", done + 1))?;
             if let Some(bad) = rows_not_finite(pass, &loss.nll) {
                 return Err(Error::new(format!(
@@ -224,14 +223,12 @@ impl<'a> Trainer<'a> {
             }
             nll += loss.nll_sum();
         }
-        let grad_norm = clip_grad_norm(&mut self.grads, self.run.config.max_grad_norm);
+        let (max_norm, learning_rate) = (self.run.config.max_grad_norm, self.schedule.at(done));
+        let grad_norm = self.learner.step(&mut self.run.lora, max_norm, learning_rate, done + 1)?;
         if !grad_norm.is_finite() {
             return Err(failed("the gradient is not finite".into())
                 .with_hint("lower `learning_rate`, or look at these rows"));
         }
-        let learning_rate = self.schedule.at(done);
-        self.optimizer.step(&self.grads, learning_rate, done + 1)?;
-        self.optimizer.write_to(&mut self.run.lora)?;
         self.state.step += 1;
         let tokens = passes.iter().map(|p| p.tokens).sum();
         Ok(StepResult { nll, supervised, tokens, grad_norm, learning_rate })
@@ -296,6 +293,7 @@ impl<'a> Trainer<'a> {
         let budget =
             Budget { rows: self.run.config.per_device_eval_batch_size, tokens: usize::MAX };
         let (cancel, step) = (self.run.cancel.clone(), self.state.step);
+        self.learner.write_to(&mut self.run.lora)?;
         let (decoder, lora) = (self.run.decoder, Some(&self.run.lora));
         let losses = document_losses(decoder, lora, data, data.len(), budget, |_| {
             if cancel.is_cancelled() { Err(Error::cancelled()) } else { Ok(()) }
@@ -310,18 +308,19 @@ impl<'a> Trainer<'a> {
         self.state.last_eval = Some((step, mean.to_bits()));
         if self.state.best.is_none_or(|(_, best)| mean < f64::from_bits(best)) {
             self.state.best = Some((step, mean.to_bits()));
-            self.best = self.optimizer.params.clone();
+            self.best = self.learner.params()?;
         }
         Ok(())
     }
 
     fn save(&mut self) -> Result<()> {
         self.state.log_bytes = self.log.sync()?;
+        let Values { params, m, v } = self.learner.values()?;
         let mut checkpoint = Checkpoint {
             state: self.state.clone(),
-            params: self.optimizer.params.clone(),
-            m: self.optimizer.m.clone(),
-            v: self.optimizer.v.clone(),
+            params,
+            m,
+            v,
             best: self.best.clone(),
         };
         let step = self.state.step;
@@ -331,11 +330,14 @@ impl<'a> Trainer<'a> {
     }
 
     fn finish(mut self) -> Result<Outcome> {
+        let last = self.learner.params()?;
         if self.run.config.load_best_model_at_end && !self.best.is_empty() {
             optimizer::write(&mut self.run.lora, &self.best)?;
-        } else if self.optimizer.params.iter().flatten().any(|x| !x.is_finite()) {
+        } else if last.iter().flatten().any(|x| !x.is_finite()) {
             return Err(Error::new("the last step made the adapter infinite")
                 .with_hint("lower `learning_rate`"));
+        } else {
+            optimizer::write(&mut self.run.lora, &last)?;
         }
         let state = self.state;
         Ok(Outcome {

@@ -368,8 +368,17 @@ pub enum BenchCommand {
 #[derive(Debug, ClapArgs)]
 pub struct BenchArgs {
     /// A published model folder (config.json, weights)
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "shape")]
+    pub model: Option<PathBuf>,
+    /// On a GPU: random weights of a known model's shape instead of `--model`
+    #[arg(long, value_name = "NAME", conflicts_with = "model", value_parser = SHAPES)]
+    pub shape: Option<String>,
+    /// On a GPU: dtype of the weights and the arithmetic; the model's own if left out
+    #[arg(long, value_parser = ["float32", "bfloat16"])]
+    pub dtype: Option<String>,
+    /// On a GPU: keep less between forward and backward to stay within this memory
+    #[arg(long, value_name = "GIB")]
+    pub memory: Option<f64>,
     /// Documents of a step and tokens of each
     #[arg(long, value_name = "DOCSxTOKENS", default_value = "4x256", value_parser = batch_shape)]
     pub batch: (usize, usize),
@@ -383,6 +392,9 @@ pub struct BenchArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+/// Shapes that `bench --shape` knows.
+const SHAPES: [&str; 3] = ["smollm2-135m", "llama3.2-1b", "llama3.1-8b"];
 
 /// `4x256`: documents of at least two tokens, as the first token of one is no target.
 fn batch_shape(text: &str) -> Result<(usize, usize), String> {

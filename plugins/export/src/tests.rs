@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use lora_flow_model::place::Place;
 use lora_flow_core::{
     Artifact, ArtifactKind, DeviceSpec, Event, NamedArtifact, OutputDir, Reporter, Result, Task,
     TaskContext, TaskContextParts,
@@ -138,7 +139,7 @@ fn the_proof_notices_an_adapter_that_was_not_merged() {
     let modules = config().linear_modules();
     let lora = Lora::load_peft(&adapter(dirs[1].path()), &modules).unwrap();
     let cancel = Default::default();
-    let proof = crate::proof::compare(&model, &lora, &model, &Device::Cpu, &cancel).unwrap();
+    let proof = crate::proof::compare(&model, &lora, &model, &Place::Cpu, &cancel).unwrap();
     assert!(proof.max_difference > 0.01, "{proof:?}");
     assert_eq!(proof.rms_difference, proof.adapter_rms);
 }

@@ -83,10 +83,9 @@ impl Task for Train {
         ));
         let outcome = with_threads(cx.threads(), || {
             let dtype = ModelConfig::open(&model)?.dtype;
-            let decoder = Decoder::load(&model, &device, dtype).context("input `model`")?;
-            let lora = Lora::load_peft(&adapter, &decoder.linear_modules())
-                .and_then(|lora| lora.to_device(&device))
-                .context("input `adapter`")?;
+            let decoder = Decoder::open(&model, &device, dtype).context("input `model`")?;
+            let lora = Lora::load_peft(&adapter, &decoder.linear_modules());
+            let lora = lora.context("input `adapter`")?;
             lora_flow_train::train(Run {
                 decoder: &decoder,
                 lora,

@@ -1,6 +1,8 @@
 //! The commands; one file each, but for the smallest.
 
 mod bench;
+#[cfg(feature = "cuda")]
+mod bench_cuda;
 mod cache;
 mod ci;
 mod diff;
