@@ -32,10 +32,16 @@ export LD_LIBRARY_PATH=$wheels/cu13/lib:$wheels/cublas/lib:/usr/local/cuda/lib64
 "$BUILT/lora-flow" doctor | tee "$OUT/doctor.txt" | grep cuda
 failed=0
 if wants tests; then
-  for test in "$BUILT"/tests/*; do
-    name=$(basename "$test")
-    LORA_FLOW_TEST_GPU=1 "$test" --nocapture --test-threads=1 >"$OUT/test-$name.log" 2>&1 || failed=1
-    grep -E '^(test |test result)|panicked|: relative error .*: relative' "$OUT/test-$name.log" | tail -n 40
+  # Each in its own process: a fault on the GPU ends one alone.
+  for binary in "$BUILT"/tests/*; do
+    for test in $("$binary" --list 2>/dev/null | sed -n 's/: test$//p'); do
+      log=$OUT/test-$test.log
+      LORA_FLOW_TEST_GPU=1 timeout 150 "$binary" --exact "$test" --nocapture >"$log" 2>&1
+      code=$?
+      [ $code = 0 ] || failed=1
+      echo "test $test: $([ $code = 0 ] && echo ok || echo "FAILED ($code)")"
+      [ $code = 0 ] || grep -aE 'panicked|FAILED|relative error [0-9.]+e|instead of|\[$' -A 2 "$log" | grep -av '^--' | tail -n 14
+    done
   done
 fi
 

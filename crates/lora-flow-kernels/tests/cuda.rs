@@ -216,7 +216,7 @@ fn cross_entropy_of_logits() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     for e in BOTH {
-        for (rows, vocab) in [(1, 1), (3, 7), (5, 131), (4, 49152), (2, 50_257)] {
+        for (rows, vocab) in [(1usize, 1usize), (3, 7), (5, 131), (4, 49152), (2, 50_257)] {
             let ld = vocab.next_multiple_of(8);
             let x: Vec<f32> = (0..rows * vocab).map(|_| round(8.0 * random.next(), e)).collect();
             let mut targets: Vec<i32> = (0..rows).map(|i| ((i * 7919) % vocab) as i32).collect();
@@ -260,14 +260,15 @@ fn cross_entropy_of_logits() {
     close("nll as the CPU's", Element::F32, &nll.to_vec().unwrap(), &want.nll);
 }
 
-/// Blocks of the fast path, as the decoder makes them.
-fn tiles(docs: &[usize]) -> (Vec<i32>, Vec<i32>, Vec<i32>) {
-    let (mut first, mut last, mut tiles) = (Vec::new(), Vec::new(), Vec::new());
+/// Ends of the documents by token, and the blocks of the fast path.
+fn layout(docs: &[usize], rows: [usize; 3]) -> (Vec<i32>, Vec<i32>, [Vec<i32>; 3]) {
+    let (mut first, mut last, mut tiles) = (Vec::new(), Vec::new(), <[Vec<i32>; 3]>::default());
     for d in docs.windows(2) {
         first.extend(vec![d[0] as i32; d[1] - d[0]]);
         last.extend(vec![d[1] as i32; d[1] - d[0]]);
-        for row in (d[0]..d[1]).step_by(ops::FLASH_ROWS) {
-            tiles.extend([d[0] as i32, d[1] as i32, row as i32, 0]);
+        for (tiles, rows) in tiles.iter_mut().zip(rows) {
+            let blocks = (d[0]..d[1]).step_by(rows);
+            tiles.extend(blocks.flat_map(|row| [d[0] as i32, d[1] as i32, row as i32, 0]));
         }
     }
     (first, last, tiles)
@@ -315,15 +316,15 @@ fn attend(gpu: &Arc<Gpu>, random: &mut Random, e: Element, (dim, heads, kv_heads
     let (o, lse) = attention::forward(&tq, &tk, &tv, docs, scale, window).unwrap();
     let (dq, dk, dv) = attention::backward(&tensor(&d, &[n, heads, dim]), &tq, &tk, &tv, &o, &lse, docs, scale, window).unwrap();
 
-    let (first, last, tiles) = tiles(docs);
-    let count = tiles.len() / 4;
-    let (first, last, tiles) = (gpu.upload(&first).unwrap(), gpu.upload(&last).unwrap(), gpu.upload(&tiles).unwrap());
+    let (first, last, tiles) = layout(docs, gpu.flash_rows(dim).unwrap_or([128; 3]));
+    let (first, last) = (gpu.upload(&first).unwrap(), gpu.upload(&last).unwrap());
+    let tiles = tiles.map(|t| (gpu.upload(&t).unwrap(), t.len() / 4));
     let qkv = Mat::new(gpu, &all, width, width + 8, e);
     let at = |column: usize| qkv.at().0 + (column * e.size()) as u64;
     let a = Attention {
         q: at(0), k: at(qw), v: at(qw + kw), ld: qkv.ld, tokens: n, heads, kv_heads, dim,
         window: window.unwrap_or(0), first: first.ptr(), last: last.ptr(),
-        query_tiles: tiles.ptr(), key_tiles: tiles.ptr(), tiles: count,
+        tiles: [0, 1, 2].map(|i| (tiles[i].0.ptr(), tiles[i].1)),
     };
     let (go, glse) = (Mat::poisoned(gpu, n, qw + 16, e), gpu.upload(&vec![f32::NAN; heads * n]).unwrap());
     ops::attention_fwd(gpu, e, go.at(), glse.ptr(), &a).unwrap();

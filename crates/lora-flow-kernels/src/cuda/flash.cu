@@ -424,13 +424,36 @@ __device__ __forceinline__ void flash_dkv(bf16* dk, bf16* dv, size_t lddk, const
     }
 }
 
-#define FWD(D, MT, BC)                                                                          \
-  extern "C" __global__ void __launch_bounds__(128, 2) flash_fwd_##D(                           \
+// Sizes of the kernels: m16 tiles of a warp, (warps,) rows of the other operand's block, and blocks
+// that are to share a multiprocessor. A header named by nvcc -include tries others.
+#ifndef FLASH_FWD_64
+#define FLASH_FWD_64 2, 64, 2
+#endif
+#ifndef FLASH_FWD_128
+#define FLASH_FWD_128 2, 64, 1
+#endif
+#ifndef FLASH_DQ_64
+#define FLASH_DQ_64 2, 4, 64, 2
+#endif
+#ifndef FLASH_DQ_128
+#define FLASH_DQ_128 1, 8, 64, 1
+#endif
+#ifndef FLASH_DKV_64
+#define FLASH_DKV_64 1, 8, 64, 2
+#endif
+#ifndef FLASH_DKV_128
+#define FLASH_DKV_128 1, 8, 64, 1
+#endif
+
+#define FWD(D, ...) FWD_(D, __VA_ARGS__)
+#define FWD_(D, MT, BC, BLOCKS)                                                                 \
+  extern "C" __global__ void __launch_bounds__(128, BLOCKS) flash_fwd_##D(                      \
       bf16* o, size_t ldo, float* lse, const bf16* q, const bf16* k, const bf16* v, size_t ld,  \
       const Tile* tiles, int tokens, int group, float scale, int window) {                      \
     flash_fwd<D, MT, BC>(o, ldo, lse, q, k, v, ld, tiles, tokens, group, scale, window);        \
   }
-#define DQ(D, MT, WARPS, BC, BLOCKS)                                                            \
+#define DQ(D, ...) DQ_(D, __VA_ARGS__)
+#define DQ_(D, MT, WARPS, BC, BLOCKS)                                                           \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) flash_dq_##D(                \
       bf16* dq, size_t lddq, const bf16* d, size_t ldd, const bf16* q, const bf16* k,           \
       const bf16* v, size_t ld, const float* lse, const float* delta, const Tile* tiles,        \
@@ -438,7 +461,8 @@ __device__ __forceinline__ void flash_dkv(bf16* dk, bf16* dv, size_t lddk, const
     flash_dq<D, MT, WARPS, BC>(dq, lddq, d, ldd, q, k, v, ld, lse, delta, tiles, tokens, group, \
                                scale, window);                                                  \
   }
-#define DKV(D, MT, WARPS, BR, BLOCKS)                                                           \
+#define DKV(D, ...) DKV_(D, __VA_ARGS__)
+#define DKV_(D, MT, WARPS, BR, BLOCKS)                                                          \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) flash_dkv_##D(               \
       bf16* dk, bf16* dv, size_t lddk, const bf16* d, size_t ldd, const bf16* q, const bf16* k, \
       const bf16* v, size_t ld, const float* lse, const float* delta, const Tile* tiles,        \
@@ -447,10 +471,25 @@ __device__ __forceinline__ void flash_dkv(bf16* dk, bf16* dv, size_t lddk, const
                                 group, scale, window);                                          \
   }
 
-// Block sizes that the launcher knows (flash.rs): queries 128 forward and dq, keys 128 dk and dv.
-FWD(64, 2, 64)
-FWD(128, 2, 64)
-DQ(64, 2, 4, 64, 2)
-DQ(128, 1, 8, 64, 1)
-DKV(64, 1, 8, 64, 2)
-DKV(128, 1, 8, 64, 1)
+FWD(64, FLASH_FWD_64)
+FWD(128, FLASH_FWD_128)
+DQ(64, FLASH_DQ_64)
+DQ(128, FLASH_DQ_128)
+DKV(64, FLASH_DKV_64)
+DKV(128, FLASH_DKV_128)
+
+// What the launcher has to know: rows of a block, threads, bytes of shared memory.
+#define FWD_SHAPE(D, ...) FWD_SHAPE_(D, __VA_ARGS__)
+#define FWD_SHAPE_(D, MT, BC, BLOCKS) 64 * (MT), 128, (64 * (MT) + 2 * (BC)) * (D) * 2
+#define DQ_SHAPE(D, ...) DQ_SHAPE_(D, __VA_ARGS__)
+#define DQ_SHAPE_(D, MT, WARPS, BC, BLOCKS) \
+  16 * (MT) * (WARPS), 32 * (WARPS), (32 * (MT) * (WARPS) + 2 * (BC)) * (D) * 2
+#define DKV_SHAPE(D, ...) DKV_SHAPE_(D, __VA_ARGS__)
+#define DKV_SHAPE_(D, MT, WARPS, BR, BLOCKS) \
+  16 * (MT) * (WARPS), 32 * (WARPS), (32 * (MT) * (WARPS) + 2 * (BR)) * (D) * 2 + 8 * (BR)
+
+// Forward, dq, dk and dv; of head width 64, then of 128.
+extern "C" __device__ const int flash_shapes[18] = {
+    FWD_SHAPE(64, FLASH_FWD_64),   DQ_SHAPE(64, FLASH_DQ_64),   DKV_SHAPE(64, FLASH_DKV_64),
+    FWD_SHAPE(128, FLASH_FWD_128), DQ_SHAPE(128, FLASH_DQ_128), DKV_SHAPE(128, FLASH_DKV_128),
+};

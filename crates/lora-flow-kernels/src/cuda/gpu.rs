@@ -15,12 +15,12 @@ const OLDEST: (c_int, c_int) = (8, 0);
 const OLDEST_DRIVER: c_int = 12000;
 
 /// Machine code of the kernels; each file a fat binary.
-const MODULES: [&[u8]; 5] = [
-    include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
-    include_bytes!(concat!(env!("OUT_DIR"), "/loss.fatbin")),
-    include_bytes!(concat!(env!("OUT_DIR"), "/adamw.fatbin")),
-    include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")),
-    include_bytes!(concat!(env!("OUT_DIR"), "/flash.fatbin")),
+const MODULES: [(&str, &[u8]); 5] = [
+    ("rows.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin"))),
+    ("loss.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/loss.fatbin"))),
+    ("adamw.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/adamw.fatbin"))),
+    ("attention.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin"))),
+    ("flash.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/flash.fatbin"))),
 ];
 
 /// Why a GPU cannot be used, or failed; with what to do about it.
@@ -148,6 +148,7 @@ pub struct Gpu {
     pub(crate) stream: Handle,
     modules: Vec<Handle>,
     functions: HashMap<String, Handle>,
+    flash: [FlashShape; 6],
     pub(crate) blas: Mutex<Blas>,
     used: AtomicU64,
     peak: AtomicU64,
@@ -166,7 +167,19 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
-/// Kernels and the shared memory they ask for beyond the 48 KiB that every kernel gets.
+/// Passes of the fast attention.
+const FLASH_PASSES: [&str; 3] = ["fwd", "dq", "dkv"];
+
+/// How a kernel of the fast attention is launched.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct FlashShape {
+    /// Rows of one block: queries, or keys for dk and dv.
+    pub(crate) rows: usize,
+    pub(crate) threads: u32,
+    pub(crate) shared: usize,
+}
+
+/// Kernels that there are for f32 and for bf16.
 const KERNELS: &[&str] = &[
     "gather", "rms_fwd", "rms_again", "rms_bwd", "add_bias", "head_norm", "head_norm_bwd", "rope",
     "gated_fwd", "gated_bwd", "copy2d", "dropout", "fill_uniform", "cross_entropy", "adamw", "place",
@@ -225,6 +238,7 @@ impl Gpu {
             stream,
             modules: Vec::new(),
             functions: HashMap::new(),
+            flash: Default::default(),
             blas: Mutex::new(Blas::none()),
             used: AtomicU64::new(0),
             peak: AtomicU64::new(0),
@@ -238,16 +252,19 @@ impl Gpu {
     }
 
     fn load_kernels(&mut self) -> Result<()> {
-        for image in MODULES {
+        // Other builds of the kernels, to try them without building the program again.
+        let other = std::env::var_os("LORA_FLOW_CUDA_KERNELS").map(std::path::PathBuf::from);
+        for (name, image) in MODULES {
             let mut module = std::ptr::null_mut();
+            let found = other.as_ref().and_then(|dir| std::fs::read(dir.join(name)).ok());
+            let image = found.as_deref().unwrap_or(image);
             // Safety: the image is a complete fat binary.
             let code = unsafe { (self.driver.module_load)(&mut module, image.as_ptr().cast()) };
             check(self.driver, code, "load the kernels")?;
             self.modules.push(module);
         }
         let both = |name: &&str| [format!("{name}_f32"), format!("{name}_bf16")];
-        let flash = ["fwd", "dq", "dkv"].into_iter();
-        let flash = flash.flat_map(|pass| [64, 128].map(|dim| format!("flash_{pass}_{dim}")));
+        let flash = FLASH_PASSES.into_iter().flat_map(|pass| [64, 128].map(|dim| format!("flash_{pass}_{dim}")));
         let single = ["grad_squares", "clip_factor"].map(str::to_owned);
         for name in KERNELS.iter().flat_map(both).chain(flash).chain(single) {
             let c_name = CString::new(name.as_str()).map_err(|e| CudaError::new(e.to_string(), ""))?;
@@ -261,12 +278,38 @@ impl Gpu {
             }
             self.functions.insert(name, function);
         }
-        for (name, bytes) in super::ops::shared_memory() {
+        let (mut at, mut bytes) = (0, 0);
+        let last = self.modules.last().copied().unwrap_or(std::ptr::null_mut());
+        // Safety: module and name are valid.
+        let code = unsafe { (self.driver.module_global)(&mut at, &mut bytes, last, c"flash_shapes".as_ptr()) };
+        check(self.driver, code, "read the blocks of attention")?;
+        let mut shapes = [0i32; 18];
+        self.read(at, &mut shapes)?;
+        for (i, shape) in shapes.chunks(3).enumerate() {
+            let shape = FlashShape { rows: shape[0] as usize, threads: shape[1] as u32, shared: shape[2] as usize };
+            self.flash[i] = shape;
+            let name = format!("flash_{}_{}", FLASH_PASSES[i % 3], [64, 128][i / 3]);
             // Safety: the function is loaded; 8 is the limit of dynamic shared memory.
-            let code = unsafe { (self.driver.function_set)(self.functions[&name], 8, bytes as c_int) };
+            let code = unsafe { (self.driver.function_set)(self.functions[&name], 8, shape.shared as c_int) };
             check(self.driver, code, "set the shared memory")?;
         }
         Ok(())
+    }
+
+    /// Rows of a block of the fast attention for a head width: of queries forward, of queries for
+    /// dq, of keys for dk and dv. `None` if it does not take the width.
+    pub fn flash_rows(&self, dim: usize) -> Option<[usize; 3]> {
+        let first = match dim {
+            64 => 0,
+            128 => 3,
+            _ => return None,
+        };
+        Some([0, 1, 2].map(|pass| self.flash[first + pass].rows))
+    }
+
+    /// Pass 0, 1 or 2 of [`Self::flash_rows`]; `dim` is 64 or 128.
+    pub(crate) fn flash(&self, dim: usize, pass: usize) -> FlashShape {
+        self.flash[if dim == 64 { pass } else { 3 + pass }]
     }
 
     /// What the driver says of it.

@@ -13,26 +13,6 @@ type Result<T> = std::result::Result<T, CudaError>;
 /// Address of the first value, and values from one row to the next.
 pub type Mat = (DevicePtr, usize);
 
-/// Queries of a block of flash attention's forward and dq, and keys of a block of dk and dv.
-pub const FLASH_ROWS: usize = 128;
-/// Rows of the other operand's block.
-const FLASH_COLS: usize = 64;
-
-/// Dynamic shared memory of the flash kernels.
-pub(crate) fn shared_memory() -> impl Iterator<Item = (String, usize)> {
-    [64usize, 128].into_iter().flat_map(|dim| {
-        ["fwd", "dq", "dkv"].map(|pass| (format!("flash_{pass}_{dim}"), flash_memory(pass, dim)))
-    })
-}
-
-fn flash_memory(pass: &str, dim: usize) -> usize {
-    let tiles = match pass {
-        "fwd" => FLASH_ROWS + 2 * FLASH_COLS,
-        _ => 2 * FLASH_ROWS + 2 * FLASH_COLS,
-    };
-    tiles * dim * 2 + if pass == "dkv" { 2 * FLASH_COLS * 4 } else { 0 }
-}
-
 /// Builds the argument list of a kernel and launches it: one line per kernel below.
 macro_rules! launch {
     ($gpu:expr, $name:expr, $grid:expr, $threads:expr, $shared:expr, $($arg:expr),* $(,)?) => {{
@@ -222,13 +202,9 @@ pub struct Attention {
     pub first: DevicePtr,
     /// Row after the last of the document of each token, i32 [N].
     pub last: DevicePtr,
-    /// Blocks of [`FLASH_ROWS`] rows for the fast path: (first, last, row, 0), i32; longest sums of
-    /// queries first, and of keys first.
-    pub query_tiles: DevicePtr,
-    /// As `query_tiles`, in the order for keys.
-    pub key_tiles: DevicePtr,
-    /// Their number.
-    pub tiles: usize,
+    /// Blocks of the fast path's three kernels ([`Gpu::flash_rows`]) and their numbers; a block is
+    /// (first, last, row, 0), i32: its document and its first row. In the order they are to start.
+    pub tiles: [(DevicePtr, usize); 3],
 }
 
 impl Attention {
@@ -252,10 +228,10 @@ impl Attention {
 /// When the device failed.
 pub fn attention_fwd(gpu: &Arc<Gpu>, e: Element, o: Mat, lse: DevicePtr, a: &Attention) -> Result<()> {
     if a.fast(e) {
-        let (name, grid) = (format!("flash_fwd_{}", a.dim), (a.tiles as u32, a.heads as u32));
+        let (name, shape, tiles) = (format!("flash_fwd_{}", a.dim), gpu.flash(a.dim, 0), a.tiles[0]);
         return launch!(
-            gpu, &name, grid, 128, flash_memory("fwd", a.dim), o.0, o.1, lse, a.q, a.k, a.v, a.ld,
-            a.query_tiles, int(a.tokens), a.group(), a.scale(), int(a.window)
+            gpu, &name, (tiles.1 as u32, a.heads as u32), shape.threads, shape.shared, o.0, o.1, lse,
+            a.q, a.k, a.v, a.ld, tiles.0, int(a.tokens), a.group(), a.scale(), int(a.window)
         );
     }
     attention_cached(gpu, e, o, lse, a, a.ld, 0)
@@ -287,17 +263,17 @@ pub fn attention_bwd(gpu: &Arc<Gpu>, e: Element, dq: Mat, dk: DevicePtr, dv: Dev
         int(a.tokens), int(a.dim)
     )?;
     if a.fast(e) {
-        let threads = |pass: &str| if pass == "dq" && a.dim == 64 { 128 } else { 256 };
-        let name = |pass: &str| format!("flash_{pass}_{}", a.dim);
+        let (shape, tiles) = (gpu.flash(a.dim, 2), a.tiles[2]);
         launch!(
-            gpu, &name("dkv"), (a.tiles as u32, a.kv_heads as u32), threads("dkv"), flash_memory("dkv", a.dim),
-            dk, dv, dq.1, d.0, d.1, a.q, a.k, a.v, a.ld, lse, delta, a.key_tiles, int(a.tokens), a.group(),
-            a.scale(), int(a.window)
+            gpu, &format!("flash_dkv_{}", a.dim), (tiles.1 as u32, a.kv_heads as u32), shape.threads,
+            shape.shared, dk, dv, dq.1, d.0, d.1, a.q, a.k, a.v, a.ld, lse, delta, tiles.0,
+            int(a.tokens), a.group(), a.scale(), int(a.window)
         )?;
+        let (shape, tiles) = (gpu.flash(a.dim, 1), a.tiles[1]);
         return launch!(
-            gpu, &name("dq"), (a.tiles as u32, a.heads as u32), threads("dq"), flash_memory("dq", a.dim),
-            dq.0, dq.1, d.0, d.1, a.q, a.k, a.v, a.ld, lse, delta, a.query_tiles, int(a.tokens), a.group(),
-            a.scale(), int(a.window)
+            gpu, &format!("flash_dq_{}", a.dim), (tiles.1 as u32, a.heads as u32), shape.threads,
+            shape.shared, dq.0, dq.1, d.0, d.1, a.q, a.k, a.v, a.ld, lse, delta, tiles.0,
+            int(a.tokens), a.group(), a.scale(), int(a.window)
         );
     }
     launch!(

@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 
-use lora_flow_kernels::cuda::ops::FLASH_ROWS;
 use lora_flow_kernels::cuda::{Buffer, CudaError, DevicePtr, Gpu};
 
 use crate::batch::Batch;
@@ -25,13 +24,13 @@ pub(super) struct DeviceBatch {
     /// Supervised positions, and their padded number.
     pub(super) supervised: usize,
     pub(super) picked: usize,
-    /// Blocks of attention.
-    pub(super) tiles: usize,
-    offsets: [usize; 8],
+    /// Blocks of attention: forward, dq, dk and dv.
+    tiles: [usize; 3],
+    offsets: [usize; 9],
 }
 
 impl DeviceBatch {
-    pub(super) fn new(gpu: &Arc<Gpu>, batch: &Batch) -> Result<Self, CudaError> {
+    pub(super) fn new(gpu: &Arc<Gpu>, config: &ModelConfig, batch: &Batch) -> Result<Self, CudaError> {
         let tokens = batch.len().next_multiple_of(ROUND);
         let mut docs = batch.doc_starts.clone();
         if tokens > batch.len() {
@@ -42,7 +41,7 @@ impl DeviceBatch {
         let (rows, targets) = batch.supervised_rows();
         let picked = rows.len().next_multiple_of(ROUND);
 
-        let mut parts: [Vec<i32>; 8] = Default::default();
+        let mut parts: [Vec<i32>; 9] = Default::default();
         parts[0] = batch.input_ids.iter().map(|id| *id as i32).collect();
         parts[0].resize(tokens, 0);
         for (start, end) in &spans {
@@ -54,22 +53,23 @@ impl DeviceBatch {
         }
         // Blocks of queries look back to the document's start, blocks of keys ahead to its end: the
         // longest first, so that short ones fill the gaps at the end.
-        let mut tiles: Vec<[i32; 4]> = spans
-            .iter()
-            .flat_map(|(start, end)| {
-                (*start..*end).step_by(FLASH_ROWS).map(|row| [*start as i32, *end as i32, row as i32, 0])
-            })
-            .collect();
-        tiles.sort_by_key(|[first, _, row, _]| first - row);
-        parts[4] = tiles.concat();
-        tiles.sort_by_key(|[_, last, row, _]| row - last);
-        parts[5] = tiles.concat();
-        parts[6] = rows.iter().map(|r| *r as i32).collect();
-        parts[6].resize(picked, -1);
-        parts[7] = targets.iter().map(|t| *t as i32).collect();
+        let mut tiles = [0; 3];
+        for (pass, rows) in gpu.flash_rows(config.head_dim).into_iter().flatten().enumerate() {
+            let blocks = |(start, end): &(usize, usize)| {
+                let (first, last) = (*start as i32, *end as i32);
+                (*start..*end).step_by(rows).map(move |row| [first, last, row as i32, 0])
+            };
+            let mut all: Vec<[i32; 4]> = spans.iter().flat_map(blocks).collect();
+            all.sort_by_key(|[first, last, row, _]| if pass < 2 { first - row } else { row - last });
+            tiles[pass] = all.len();
+            parts[4 + pass] = all.concat();
+        }
+        parts[7] = rows.iter().map(|r| *r as i32).collect();
         parts[7].resize(picked, -1);
+        parts[8] = targets.iter().map(|t| *t as i32).collect();
+        parts[8].resize(picked, -1);
 
-        let mut offsets = [0; 8];
+        let mut offsets = [0; 9];
         let mut all = Vec::new();
         for (offset, part) in offsets.iter_mut().zip(&parts) {
             *offset = all.len();
@@ -82,7 +82,7 @@ impl DeviceBatch {
             tokens,
             supervised: rows.len(),
             picked,
-            tiles: tiles.len(),
+            tiles,
             offsets,
         })
     }
@@ -103,18 +103,15 @@ impl DeviceBatch {
     pub(super) fn last(&self) -> DevicePtr {
         self.part(3)
     }
-    pub(super) fn query_tiles(&self) -> DevicePtr {
-        self.part(4)
-    }
-    pub(super) fn key_tiles(&self) -> DevicePtr {
-        self.part(5)
+    pub(super) fn tiles(&self) -> [(DevicePtr, usize); 3] {
+        [0, 1, 2].map(|pass| (self.part(4 + pass), self.tiles[pass]))
     }
     /// Rows of the supervised positions from the `from`-th on.
     pub(super) fn picks(&self, from: usize) -> DevicePtr {
-        self.part(6) + 4 * from as u64
+        self.part(7) + 4 * from as u64
     }
     pub(super) fn targets(&self, from: usize) -> DevicePtr {
-        self.part(7) + 4 * from as u64
+        self.part(8) + 4 * from as u64
     }
 }
 

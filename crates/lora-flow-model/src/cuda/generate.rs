@@ -45,7 +45,7 @@ impl Session<'_> {
             state.weights.attach(&decoder.gpu, &decoder.config, decoder.element, lora)?;
         }
         let mut run = || -> std::result::Result<Vec<f32>, CudaError> {
-            let mut on = DeviceBatch::new(&decoder.gpu, &batch)?;
+            let mut on = DeviceBatch::new(&decoder.gpu, &decoder.config, &batch)?;
             self.reserve(self.past + on.tokens)?;
             let longest = self.past + on.tokens;
             on.longest = longest;

@@ -185,7 +185,7 @@ impl CudaDecoder {
             return Ok(Vec::new());
         }
         let run = |state: &mut State| {
-            let batch_on = DeviceBatch::new(&self.gpu, batch)?;
+            let batch_on = DeviceBatch::new(&self.gpu, &self.config, batch)?;
             let arena = Arena::ready(&mut state.arena, self, &state.weights, &batch_on, None)?;
             let run = pass::Run::new(self, &state.weights, arena, &batch_on, adapter.is_some(), None);
             run.embed()?;
@@ -217,7 +217,7 @@ impl CudaDecoder {
         training.check(&state.weights)?;
         let lowest = state.weights.lowest().ok_or_else(|| Error::new("the adapter has no modules"))?;
         let mut run = || {
-            let batch_on = DeviceBatch::new(&self.gpu, batch)?;
+            let batch_on = DeviceBatch::new(&self.gpu, &self.config, batch)?;
             let wanted = arena::Wanted { checkpoint: options.checkpoint, lowest };
             let arena = Arena::ready(&mut state.arena, self, &state.weights, &batch_on, Some(wanted))?;
             let dropout = training.dropout(options.dropout, batch_on.tokens)?;

@@ -173,9 +173,7 @@ impl<'a> Run<'a> {
             window: self.config.sliding_window.unwrap_or(0),
             first: self.batch.first(),
             last: self.batch.last(),
-            query_tiles: self.batch.query_tiles(),
-            key_tiles: self.batch.key_tiles(),
-            tiles: self.batch.tiles,
+            tiles: self.batch.tiles(),
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use candle_core::DType;
 use lora_flow_core::{ArtifactKind, Error, Result};
-use lora_flow_kernels::cuda::{Element, Gpu, Product, ops};
+use lora_flow_kernels::cuda::{CudaError, Element, Gpu, Product, ops};
 use lora_flow_model::config::ModelConfig;
 use lora_flow_model::cuda::{CudaDecoder, report};
 use lora_flow_model::decoder::{Checkpoint, Decoder, PassOptions};
@@ -64,17 +64,16 @@ pub(super) fn bench(command: &BenchCommand, gpu: &Arc<Gpu>) -> Result<i32, Failu
     for _ in 1..WARM_UP {
         step()?;
     }
-    let launches = gpu.launches();
     let mut times = Vec::new();
     for _ in 0..args.steps {
         let begun = Instant::now();
         loss = step()?;
         times.push(begun.elapsed().as_secs_f64());
     }
-    let launches = (gpu.launches() - launches) / args.steps as u64;
     gpu.start_profile();
     step()?;
     let profile = gpu.stop_profile().map_err(report)?;
+    let launches: usize = profile.iter().map(|p| p.1).sum();
     drop(step);
     let peak = gpu.memory().1;
     let ceiling = ceiling(gpu).map_err(report)?;
@@ -178,12 +177,12 @@ fn flops(config: &ModelConfig, (documents, tokens): (usize, usize), trains: bool
 }
 
 /// Rate of one large bf16 product on random values.
-fn ceiling(gpu: &Arc<Gpu>) -> std::result::Result<f64, lora_flow_kernels::cuda::CudaError> {
+fn ceiling(gpu: &Arc<Gpu>) -> std::result::Result<f64, CudaError> {
     const N: usize = 8192;
     let matrix = |key: u64| {
         let buffer = gpu.alloc::<u8>(N * N * 2)?;
         ops::fill_uniform(gpu, Element::Bf16, (buffer.ptr(), N), N, N, key, 1.0)?;
-        Ok(buffer)
+        Ok::<_, CudaError>(buffer)
     };
     let (a, b, c) = (matrix(1)?, matrix(2)?, gpu.alloc::<u8>(N * N * 2)?);
     let product = Product {
