@@ -2,13 +2,13 @@
 //! architectures and PTX of the newest for those to come.
 //!
 //! `NVCC` names the compiler (else `CUDA_HOME/bin/nvcc`, `nvcc` on the path, `/usr/local/cuda`);
-//! `LORA_FLOW_CUDA_ARCHS` other architectures, as `80,90`.
+//! `LORA_FLOW_CUDA_ARCHS` other architectures, as `80,90a`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const SOURCES: [&str; 5] = ["rows", "loss", "adamw", "attention", "flash"];
-const ARCHS: &str = "80,86,89,90,100";
+const ARCHS: &str = "80,86,89,90a,100";
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -194,14 +194,14 @@ impl Arena {
         let kept = kept(layers - keeps.0)?;
         let gate_up = 2 * f + r3;
 
-        // The logits of a chunk: where gate and up are not kept, their scratch is free at the top
-        // and serves for them.
+        // The logits of a chunk: the scratch of gate and up is free at the top and serves for them,
+        // unless it is small and there is memory to spare.
         let ld = config.vocab_size.next_multiple_of(8) * size;
         let all = sizes.picked.max(64);
         let scratch_bytes = n * gate_up * size;
         let rows = |bytes: usize| (bytes / ld / 64 * 64).clamp(64, 2048).min(all);
         let full = sizes.wanted.is_some_and(|w| w.checkpoint == Checkpoint::Full);
-        let shared = full && scratch_bytes / ld >= 64;
+        let shared = rows(scratch_bytes) >= 1024.min(all) || full && scratch_bytes / ld >= 64;
         let chunk = if shared { rows(scratch_bytes) } else { rows(LOGITS_BYTES) };
         let logits = if shared { None } else { Some(gpu.alloc::<u8>(chunk * ld)?) };
         let top = gpu.alloc::<u8>(chunk * h * size)?;
@@ -272,10 +272,5 @@ impl Arena {
     /// Where logits go.
     pub(super) fn logits(&self) -> &Buffer<u8> {
         self.logits.as_ref().unwrap_or(&self.gate_up[0])
-    }
-
-    /// Layers whose activations, and whose gate and up, are kept.
-    pub(super) fn kept_layers(&self) -> (usize, usize) {
-        (self.kept.len() - 1, self.gate_up.len() - 1)
     }
 }
