@@ -33,7 +33,8 @@ fn main() {
     let jobs = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize).max(1);
     for batch in SOURCES.chunks(jobs) {
         let done: Vec<_> = std::thread::scope(|scope| {
-            let running: Vec<_> = batch.iter().map(|name| scope.spawn(move || compile(name))).collect();
+            let running: Vec<_> =
+                batch.iter().map(|name| scope.spawn(move || compile(name))).collect();
             running.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
         });
         for result in done {

@@ -18,7 +18,8 @@ fn main() -> Result<(), CudaError> {
             ops::fill_uniform(&gpu, Element::Bf16, (buffer.ptr(), width), n, width, key, 1.0)?;
             Ok::<_, CudaError>(buffer)
         };
-        let (qkv, d, o, grads) = (matrix(width, 1)?, matrix(q, 2)?, matrix(q, 3)?, matrix(width, 4)?);
+        let (qkv, d, o, grads) =
+            (matrix(width, 1)?, matrix(q, 2)?, matrix(q, 3)?, matrix(width, 4)?);
         let (lse, delta) = (gpu.alloc::<f32>(heads * n)?, gpu.alloc::<f32>(heads * n)?);
         let Some(rows) = gpu.flash_rows(dim) else { continue };
         let mut tiles = Vec::new();
@@ -35,14 +36,32 @@ fn main() -> Result<(), CudaError> {
         let at = |column: usize| qkv.ptr() + 2 * column as u64;
         let to = |column: usize| grads.ptr() + 2 * column as u64;
         let a = Attention {
-            q: at(0), k: at(q), v: at(q + kv), ld: width, tokens: n, heads, kv_heads, dim, window: 0,
-            first: 0, last: 0, tiles: [0, 1, 2].map(|i| (tiles[i].0.ptr(), tiles[i].1)),
+            q: at(0),
+            k: at(q),
+            v: at(q + kv),
+            ld: width,
+            tokens: n,
+            heads,
+            kv_heads,
+            dim,
+            window: 0,
+            first: 0,
+            last: 0,
+            tiles: [0, 1, 2].map(|i| (tiles[i].0.ptr(), tiles[i].1)),
         };
         let run = || {
             ops::attention_fwd(&gpu, Element::Bf16, (o.ptr(), q), lse.ptr(), &a)?;
             ops::attention_bwd(
-                &gpu, Element::Bf16, (to(0), width), to(q), to(q + kv), (d.ptr(), q), (o.ptr(), q),
-                lse.ptr(), delta.ptr(), &a,
+                &gpu,
+                Element::Bf16,
+                (to(0), width),
+                to(q),
+                to(q + kv),
+                (d.ptr(), q),
+                (o.ptr(), q),
+                lse.ptr(),
+                delta.ptr(),
+                &a,
             )
         };
         for _ in 0..3 {

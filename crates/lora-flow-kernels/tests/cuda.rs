@@ -35,7 +35,8 @@ impl Random {
     }
 
     fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
@@ -81,8 +82,13 @@ impl Mat {
     fn read(&self, from: usize, width: usize) -> Vec<f32> {
         let bytes = self.buffer.to_vec().unwrap();
         let all: Vec<f32> = match self.e {
-            Element::F32 => bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
-            Element::Bf16 => bytes.chunks(2).map(|b| bf16::from_le_bytes(b.try_into().unwrap()).to_f32()).collect(),
+            Element::F32 => {
+                bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+            }
+            Element::Bf16 => bytes
+                .chunks(2)
+                .map(|b| bf16::from_le_bytes(b.try_into().unwrap()).to_f32())
+                .collect(),
         };
         all.chunks(self.ld).flat_map(|row| row[from..from + width].to_vec()).collect()
     }
@@ -120,21 +126,31 @@ fn norms_activations_and_rotations() {
             let w = random.values(width, Element::F32);
             let dy = random.values(rows * width, e);
             let res = random.values(rows * width, e);
-            let (want, rstd) = rms_norm::forward(&tensor(&x, &[rows, width]), &tensor(&w, &[width]), 1e-5).unwrap();
+            let (want, rstd) =
+                rms_norm::forward(&tensor(&x, &[rows, width]), &tensor(&w, &[width]), 1e-5)
+                    .unwrap();
             let (dx, dw) = (Mat::new(&gpu, &x, width, ld_x, e), gpu.upload(&w).unwrap());
-            let (y, again) = (Mat::poisoned(&gpu, rows, ld_y, e), Mat::poisoned(&gpu, rows, ld_y, e));
+            let (y, again) =
+                (Mat::poisoned(&gpu, rows, ld_y, e), Mat::poisoned(&gpu, rows, ld_y, e));
             let r = gpu.alloc::<f32>(rows).unwrap();
-            ops::rms_fwd(&gpu, e, y.at(), r.ptr(), dx.at(), dw.ptr(), 0, rows, width, 1e-5).unwrap();
+            ops::rms_fwd(&gpu, e, y.at(), r.ptr(), dx.at(), dw.ptr(), 0, rows, width, 1e-5)
+                .unwrap();
             ops::rms_again(&gpu, e, again.at(), r.ptr(), dx.at(), dw.ptr(), rows, width).unwrap();
             close(&format!("rms_fwd {rows}×{width}"), e, &y.read(0, width), &flat(&want));
             assert_eq!(y.read(0, width), again.read(0, width));
             close("rstd", Element::F32, &r.to_vec().unwrap(), &flat(&rstd));
             let want = rms_norm::backward_add(
-                &tensor(&dy, &[rows, width]), &tensor(&x, &[rows, width]), &tensor(&w, &[width]), &rstd,
+                &tensor(&dy, &[rows, width]),
+                &tensor(&x, &[rows, width]),
+                &tensor(&w, &[width]),
+                &rstd,
                 Some(&tensor(&res, &[rows, width])),
-            ).unwrap();
-            let (d, g) = (Mat::new(&gpu, &res, width, ld_y, e), Mat::new(&gpu, &dy, width, ld_x, e));
-            ops::rms_bwd(&gpu, e, d.at(), g.at(), dx.at(), dw.ptr(), r.ptr(), 0, rows, width, true).unwrap();
+            )
+            .unwrap();
+            let (d, g) =
+                (Mat::new(&gpu, &res, width, ld_y, e), Mat::new(&gpu, &dy, width, ld_x, e));
+            ops::rms_bwd(&gpu, e, d.at(), g.at(), dx.at(), dw.ptr(), r.ptr(), 0, rows, width, true)
+                .unwrap();
             close("rms_bwd", e, &d.read(0, width), &flat(&want));
 
             // Picked rows, the last of them none.
@@ -143,19 +159,42 @@ fn norms_activations_and_rotations() {
             let picks = gpu.upload(&pick).unwrap();
             let y = Mat::poisoned(&gpu, pick.len(), ld_y, e);
             let r = gpu.alloc::<f32>(pick.len()).unwrap();
-            ops::rms_fwd(&gpu, e, y.at(), r.ptr(), dx.at(), dw.ptr(), picks.ptr(), pick.len(), width, 1e-5).unwrap();
-            let all = rms_norm::forward(&tensor(&x, &[rows, width]), &tensor(&w, &[width]), 1e-5).unwrap().0;
+            ops::rms_fwd(
+                &gpu,
+                e,
+                y.at(),
+                r.ptr(),
+                dx.at(),
+                dw.ptr(),
+                picks.ptr(),
+                pick.len(),
+                width,
+                1e-5,
+            )
+            .unwrap();
+            let all = rms_norm::forward(&tensor(&x, &[rows, width]), &tensor(&w, &[width]), 1e-5)
+                .unwrap()
+                .0;
             let all = flat(&all);
             let want: Vec<f32> = pick
                 .iter()
-                .flat_map(|p| if *p < 0 { vec![0.0; width] } else { all[*p as usize * width..][..width].to_vec() })
+                .flat_map(|p| {
+                    if *p < 0 {
+                        vec![0.0; width]
+                    } else {
+                        all[*p as usize * width..][..width].to_vec()
+                    }
+                })
                 .collect();
             close("rms_fwd picked", e, &y.read(0, width), &want);
 
             for (code, act) in [(0, Act::Silu), (1, Act::Gelu), (2, Act::GeluTanh)] {
                 let (gate, up) = (random.values(rows * width, e), random.values(rows * width, e));
                 let both: Vec<f32> = (0..rows)
-                    .flat_map(|i| [&gate[i * width..(i + 1) * width], &up[i * width..(i + 1) * width]].concat())
+                    .flat_map(|i| {
+                        [&gate[i * width..(i + 1) * width], &up[i * width..(i + 1) * width]]
+                            .concat()
+                    })
                     .collect();
                 let gu = Mat::new(&gpu, &both, 2 * width, 2 * width + 8, e);
                 let h = Mat::poisoned(&gpu, rows, ld_y, e);
@@ -165,21 +204,27 @@ fn norms_activations_and_rotations() {
                 close(&format!("gated_fwd {act:?}"), e, &h.read(0, width), &want);
                 let dh = Mat::new(&gpu, &dy, width, ld_y, e);
                 ops::gated_bwd(&gpu, e, dh.at(), gu.at(), rows, width, code).unwrap();
-                let (wg, wu) = swiglu_backward(&tensor(&dy, &[rows, width]), &tg, &tu, act).unwrap();
+                let (wg, wu) =
+                    swiglu_backward(&tensor(&dy, &[rows, width]), &tg, &tu, act).unwrap();
                 close("gated_bwd h", e, &dh.read(0, width), &want);
                 close("gated_bwd gate", e, &gu.read(0, width), &flat(&wg));
                 close("gated_bwd up", e, &gu.read(width, width), &flat(&wu));
             }
         }
-        for (rows, heads, kept, dim) in [(1, 1, 0, 8), (37, 3, 2, 64), (20, 2, 1, 80), (5, 3, 1, 24)] {
+        for (rows, heads, kept, dim) in
+            [(1, 1, 0, 8), (37, 3, 2, 64), (20, 2, 1, 80), (5, 3, 1, 24)]
+        {
             let width = (heads + kept) * dim;
-            let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 1e4f32.powf(-(i as f32) / (dim / 2) as f32)).collect();
+            let inv_freq: Vec<f32> =
+                (0..dim / 2).map(|i| 1e4f32.powf(-(i as f32) / (dim / 2) as f32)).collect();
             let table = RopeTable::new(&inv_freq, 700, 1.0);
             let pairs: Vec<f32> = (0..700)
-                .flat_map(|p| inv_freq.iter().flat_map(move |f| {
-                    let a = f64::from(p as f32 * f);
-                    [a.cos() as f32, a.sin() as f32]
-                }))
+                .flat_map(|p| {
+                    inv_freq.iter().flat_map(move |f| {
+                        let a = f64::from(p as f32 * f);
+                        [a.cos() as f32, a.sin() as f32]
+                    })
+                })
                 .collect();
             let positions: Vec<u32> = (0..rows as u32).map(|t| t * 17 % 700).collect();
             let on: Vec<i32> = positions.iter().map(|p| *p as i32).collect();
@@ -188,7 +233,8 @@ fn norms_activations_and_rotations() {
             let (pairs, on) = (gpu.upload(&pairs).unwrap(), gpu.upload(&on).unwrap());
             ops::rope(&gpu, e, m.at(), pairs.ptr(), on.ptr(), rows, heads, dim, false).unwrap();
             let first: Vec<f32> = x.chunks(width).flat_map(|r| r[..heads * dim].to_vec()).collect();
-            let want = rope::apply(&tensor(&first, &[rows, heads, dim]), &positions, &table, false).unwrap();
+            let want = rope::apply(&tensor(&first, &[rows, heads, dim]), &positions, &table, false)
+                .unwrap();
             close(&format!("rope {heads}×{dim}"), e, &m.read(0, heads * dim), &flat(&want));
             let rest: Vec<f32> = x.chunks(width).flat_map(|r| r[heads * dim..].to_vec()).collect();
             assert_eq!(m.read(heads * dim, kept * dim), rest, "the other heads stay");
@@ -197,15 +243,24 @@ fn norms_activations_and_rotations() {
 
             let w = random.values(dim, Element::F32);
             let (dw, y) = (gpu.upload(&w).unwrap(), Mat::poisoned(&gpu, rows, width + 8, e));
-            let (m, r) = (Mat::new(&gpu, &x, width, width + 8, e), gpu.alloc::<f32>(rows * heads).unwrap());
-            ops::head_norm(&gpu, e, y.at(), r.ptr(), m.at(), dw.ptr(), rows, heads, dim, 1e-5).unwrap();
+            let (m, r) =
+                (Mat::new(&gpu, &x, width, width + 8, e), gpu.alloc::<f32>(rows * heads).unwrap());
+            ops::head_norm(&gpu, e, y.at(), r.ptr(), m.at(), dw.ptr(), rows, heads, dim, 1e-5)
+                .unwrap();
             let by_head = tensor(&first, &[rows * heads, dim]);
             let (want, rstd) = rms_norm::forward(&by_head, &tensor(&w, &[dim]), 1e-5).unwrap();
             close("head_norm", e, &y.read(0, heads * dim), &flat(&want));
             let dy = random.values(rows * heads * dim, e);
             let d = Mat::new(&gpu, &dy, heads * dim, width, e);
-            ops::head_norm_bwd(&gpu, e, d.at(), r.ptr(), m.at(), dw.ptr(), rows, heads, dim).unwrap();
-            let want = rms_norm::backward(&tensor(&dy, &[rows * heads, dim]), &by_head, &tensor(&w, &[dim]), &rstd).unwrap();
+            ops::head_norm_bwd(&gpu, e, d.at(), r.ptr(), m.at(), dw.ptr(), rows, heads, dim)
+                .unwrap();
+            let want = rms_norm::backward(
+                &tensor(&dy, &[rows * heads, dim]),
+                &by_head,
+                &tensor(&w, &[dim]),
+                &rstd,
+            )
+            .unwrap();
             close("head_norm_bwd", e, &d.read(0, heads * dim), &flat(&want));
         }
     }
@@ -223,11 +278,13 @@ fn cross_entropy_of_logits() {
             if rows > 1 {
                 targets[1] = -1;
             }
-            let (m, nll) = (Mat::new(&gpu, &x, vocab, ld, e), gpu.upload(&vec![f32::NAN; rows]).unwrap());
+            let (m, nll) =
+                (Mat::new(&gpu, &x, vocab, ld, e), gpu.upload(&vec![f32::NAN; rows]).unwrap());
             let on = gpu.upload(&targets).unwrap();
             ops::cross_entropy(&gpu, e, m.at(), nll.ptr(), on.ptr(), rows, vocab, None).unwrap();
             let alone = nll.to_vec().unwrap();
-            ops::cross_entropy(&gpu, e, m.at(), nll.ptr(), on.ptr(), rows, vocab, Some(0.37)).unwrap();
+            ops::cross_entropy(&gpu, e, m.at(), nll.ptr(), on.ptr(), rows, vocab, Some(0.37))
+                .unwrap();
             assert_eq!(alone, nll.to_vec().unwrap());
             let (mut want_nll, mut want) = (Vec::new(), Vec::new());
             for (row, target) in x.chunks(vocab).zip(&targets) {
@@ -240,7 +297,8 @@ fn cross_entropy_of_logits() {
                 let sum: f64 = row.iter().map(|v| f64::from(v - max).exp()).sum();
                 want_nll.push((sum.ln() + f64::from(max - row[*target as usize])) as f32);
                 want.extend(row.iter().enumerate().map(|(i, v)| {
-                    let p = f64::from(v - max).exp() / sum - f64::from(u8::from(i == *target as usize));
+                    let p =
+                        f64::from(v - max).exp() / sum - f64::from(u8::from(i == *target as usize));
                     (p * 0.37) as f32
                 }));
             }
@@ -250,12 +308,25 @@ fn cross_entropy_of_logits() {
     }
     // The same as the CPU's fused loss gives from hidden states.
     let (rows, width, vocab) = (9, 32, 57);
-    let (h, head) = (random.values(rows * width, Element::F32), random.values(vocab * width, Element::F32));
+    let (h, head) =
+        (random.values(rows * width, Element::F32), random.values(vocab * width, Element::F32));
     let targets: Vec<u32> = (0..rows as u32).collect();
-    let want = loss::cross_entropy(&tensor(&h, &[rows, width]), &tensor(&head, &[vocab, width]), &targets, 4, false, 1.0).unwrap();
-    let logits = tensor(&h, &[rows, width]).matmul(&tensor(&head, &[vocab, width]).t().unwrap()).unwrap();
+    let want = loss::cross_entropy(
+        &tensor(&h, &[rows, width]),
+        &tensor(&head, &[vocab, width]),
+        &targets,
+        4,
+        false,
+        1.0,
+    )
+    .unwrap();
+    let logits =
+        tensor(&h, &[rows, width]).matmul(&tensor(&head, &[vocab, width]).t().unwrap()).unwrap();
     let m = Mat::new(&gpu, &flat(&logits), vocab, 64, Element::F32);
-    let (nll, on) = (gpu.alloc::<f32>(rows).unwrap(), gpu.upload(&targets.iter().map(|t| *t as i32).collect::<Vec<_>>()).unwrap());
+    let (nll, on) = (
+        gpu.alloc::<f32>(rows).unwrap(),
+        gpu.upload(&targets.iter().map(|t| *t as i32).collect::<Vec<_>>()).unwrap(),
+    );
     ops::cross_entropy(&gpu, Element::F32, m.at(), nll.ptr(), on.ptr(), rows, vocab, None).unwrap();
     close("nll as the CPU's", Element::F32, &nll.to_vec().unwrap(), &want.nll);
 }
@@ -281,13 +352,19 @@ fn attention_forward_and_backward() {
     let lengths: [&[usize]; 3] = [&[1], &[1, 2, 63, 64, 65, 1, 130], &[300, 127, 128, 129, 1]];
     let mut failed = Vec::new();
     for e in BOTH {
-        for (dim, heads, kv_heads) in [(64, 4, 2), (128, 2, 2), (64, 3, 1), (128, 4, 1), (16, 4, 2), (80, 2, 1), (256, 1, 1)] {
+        for (dim, heads, kv_heads) in
+            [(64, 4, 2), (128, 2, 2), (64, 3, 1), (128, 4, 1), (16, 4, 2), (80, 2, 1), (256, 1, 1)]
+        {
             for lengths in lengths {
                 for window in [None, Some(1), Some(70)] {
                     let mut docs = vec![0];
-                    docs.extend(lengths.iter().scan(0, |at, l| { *at += l; Some(*at) }));
+                    docs.extend(lengths.iter().scan(0, |at, l| {
+                        *at += l;
+                        Some(*at)
+                    }));
                     let n = *docs.last().unwrap();
-                    let what = format!("attention {heads}/{kv_heads}×{dim} {lengths:?} window {window:?}");
+                    let what =
+                        format!("attention {heads}/{kv_heads}×{dim} {lengths:?} window {window:?}");
                     let problem = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                         attend(&gpu, &mut random, e, (dim, heads, kv_heads), &docs, window, &what);
                     }));
@@ -302,7 +379,15 @@ fn attention_forward_and_backward() {
     assert!(failed.is_empty(), "{} failed: {failed:#?}", failed.len());
 }
 
-fn attend(gpu: &Arc<Gpu>, random: &mut Random, e: Element, (dim, heads, kv_heads): (usize, usize, usize), docs: &[usize], window: Option<usize>, what: &str) {
+fn attend(
+    gpu: &Arc<Gpu>,
+    random: &mut Random,
+    e: Element,
+    (dim, heads, kv_heads): (usize, usize, usize),
+    docs: &[usize],
+    window: Option<usize>,
+    what: &str,
+) {
     let n = *docs.last().unwrap();
     let (qw, kw) = (heads * dim, kv_heads * dim);
     let width = qw + 2 * kw;
@@ -312,9 +397,24 @@ fn attend(gpu: &Arc<Gpu>, random: &mut Random, e: Element, (dim, heads, kv_heads
         .flat_map(|i| [&q[i * qw..][..qw], &k[i * kw..][..kw], &v[i * kw..][..kw]].concat())
         .collect();
     let scale = 1.0 / (dim as f32).sqrt();
-    let (tq, tk, tv) = (tensor(&q, &[n, heads, dim]), tensor(&k, &[n, kv_heads, dim]), tensor(&v, &[n, kv_heads, dim]));
+    let (tq, tk, tv) = (
+        tensor(&q, &[n, heads, dim]),
+        tensor(&k, &[n, kv_heads, dim]),
+        tensor(&v, &[n, kv_heads, dim]),
+    );
     let (o, lse) = attention::forward(&tq, &tk, &tv, docs, scale, window).unwrap();
-    let (dq, dk, dv) = attention::backward(&tensor(&d, &[n, heads, dim]), &tq, &tk, &tv, &o, &lse, docs, scale, window).unwrap();
+    let (dq, dk, dv) = attention::backward(
+        &tensor(&d, &[n, heads, dim]),
+        &tq,
+        &tk,
+        &tv,
+        &o,
+        &lse,
+        docs,
+        scale,
+        window,
+    )
+    .unwrap();
 
     let (first, last, tiles) = layout(docs, gpu.flash_rows(dim).unwrap_or([128; 3]));
     let (first, last) = (gpu.upload(&first).unwrap(), gpu.upload(&last).unwrap());
@@ -322,11 +422,21 @@ fn attend(gpu: &Arc<Gpu>, random: &mut Random, e: Element, (dim, heads, kv_heads
     let qkv = Mat::new(gpu, &all, width, width + 8, e);
     let at = |column: usize| qkv.at().0 + (column * e.size()) as u64;
     let a = Attention {
-        q: at(0), k: at(qw), v: at(qw + kw), ld: qkv.ld, tokens: n, heads, kv_heads, dim,
-        window: window.unwrap_or(0), first: first.ptr(), last: last.ptr(),
+        q: at(0),
+        k: at(qw),
+        v: at(qw + kw),
+        ld: qkv.ld,
+        tokens: n,
+        heads,
+        kv_heads,
+        dim,
+        window: window.unwrap_or(0),
+        first: first.ptr(),
+        last: last.ptr(),
         tiles: [0, 1, 2].map(|i| (tiles[i].0.ptr(), tiles[i].1)),
     };
-    let (go, glse) = (Mat::poisoned(gpu, n, qw + 16, e), gpu.upload(&vec![f32::NAN; heads * n]).unwrap());
+    let (go, glse) =
+        (Mat::poisoned(gpu, n, qw + 16, e), gpu.upload(&vec![f32::NAN; heads * n]).unwrap());
     ops::attention_fwd(gpu, e, go.at(), glse.ptr(), &a).unwrap();
     close(&format!("{what} o"), e, &go.read(0, qw), &flat(&o));
     // The reference's lse may be in another order; it is compared through the gradients.
@@ -334,7 +444,19 @@ fn attend(gpu: &Arc<Gpu>, random: &mut Random, e: Element, (dim, heads, kv_heads
     let grads = Mat::poisoned(gpu, n, width + 16, e);
     let g = |column: usize| grads.at().0 + (column * e.size()) as u64;
     let delta = gpu.upload(&vec![f32::NAN; heads * n]).unwrap();
-    ops::attention_bwd(gpu, e, grads.at(), g(qw), g(qw + kw), gd.at(), go.at(), glse.ptr(), delta.ptr(), &a).unwrap();
+    ops::attention_bwd(
+        gpu,
+        e,
+        grads.at(),
+        g(qw),
+        g(qw + kw),
+        gd.at(),
+        go.at(),
+        glse.ptr(),
+        delta.ptr(),
+        &a,
+    )
+    .unwrap();
     // A query that sees one key alone has no gradient: rounding against nothing.
     let zero = |t: &Tensor| flat(t).iter().all(|x| x.abs() < 1e-5);
     if !zero(&dq) {
@@ -351,24 +473,64 @@ fn products_in_all_orders() {
     let mut random = Random::new();
     for (m, n, k) in [(1, 8, 8), (64, 16, 576), (16, 200, 65), (128, 136, 72)] {
         for (a_t, b_t) in [(false, true), (false, false), (true, false)] {
-            for (input, output) in [(Element::F32, Element::F32), (Element::Bf16, Element::Bf16), (Element::Bf16, Element::F32)] {
-                let (a, b, c) = (random.values(m * k, input), random.values(k * n, input), random.values(m * n, output));
+            for (input, output) in [
+                (Element::F32, Element::F32),
+                (Element::Bf16, Element::Bf16),
+                (Element::Bf16, Element::F32),
+            ] {
+                let (a, b, c) = (
+                    random.values(m * k, input),
+                    random.values(k * n, input),
+                    random.values(m * n, output),
+                );
                 let transposed = |v: &[f32], rows: usize, cols: usize| -> Vec<f32> {
-                    (0..cols).flat_map(|j| (0..rows).map(move |i| (i, j))).map(|(i, j)| v[i * cols + j]).collect()
+                    (0..cols)
+                        .flat_map(|j| (0..rows).map(move |i| (i, j)))
+                        .map(|(i, j)| v[i * cols + j])
+                        .collect()
                 };
                 let want: Vec<f32> = (0..m * n)
                     .map(|at| {
                         let (i, j) = (at / n, at % n);
-                        let sum: f64 = (0..k).map(|l| f64::from(a[i * k + l]) * f64::from(b[l * n + j])).sum();
+                        let sum: f64 =
+                            (0..k).map(|l| f64::from(a[i * k + l]) * f64::from(b[l * n + j])).sum();
                         (0.5 * sum + f64::from(c[at])) as f32
                     })
                     .collect();
-                let ma = if a_t { Mat::new(&gpu, &transposed(&a, m, k), m, m.next_multiple_of(8) + 8, input) } else { Mat::new(&gpu, &a, k, k.next_multiple_of(8) + 8, input) };
-                let mb = if b_t { Mat::new(&gpu, &transposed(&b, k, n), k, k.next_multiple_of(8) + 8, input) } else { Mat::new(&gpu, &b, n, n + 8, input) };
-                let (mc, to) = (Mat::new(&gpu, &c, n, n + 8, output), Mat::poisoned(&gpu, m, n + 16, output));
-                let p = Product { m, n, k, a: ma.at(), a_t, b: mb.at(), b_t, c: to.at(), add: mc.at(), alpha: 0.5, beta: 1.0, input, output };
+                let ma = if a_t {
+                    Mat::new(&gpu, &transposed(&a, m, k), m, m.next_multiple_of(8) + 8, input)
+                } else {
+                    Mat::new(&gpu, &a, k, k.next_multiple_of(8) + 8, input)
+                };
+                let mb = if b_t {
+                    Mat::new(&gpu, &transposed(&b, k, n), k, k.next_multiple_of(8) + 8, input)
+                } else {
+                    Mat::new(&gpu, &b, n, n + 8, input)
+                };
+                let (mc, to) =
+                    (Mat::new(&gpu, &c, n, n + 8, output), Mat::poisoned(&gpu, m, n + 16, output));
+                let p = Product {
+                    m,
+                    n,
+                    k,
+                    a: ma.at(),
+                    a_t,
+                    b: mb.at(),
+                    b_t,
+                    c: to.at(),
+                    add: mc.at(),
+                    alpha: 0.5,
+                    beta: 1.0,
+                    input,
+                    output,
+                };
                 gpu.product(&p).unwrap();
-                close(&format!("product {m}×{n}×{k} {a_t} {b_t} {input:?}"), output, &to.read(0, n), &want);
+                close(
+                    &format!("product {m}×{n}×{k} {a_t} {b_t} {input:?}"),
+                    output,
+                    &to.read(0, n),
+                    &want,
+                );
                 gpu.product(&Product { beta: 0.0, add: to.at(), ..p }).unwrap();
                 let want: Vec<f32> = want.iter().zip(&c).map(|(w, c)| w - c).collect();
                 close("  alone", output, &to.read(0, n), &want);
@@ -388,27 +550,66 @@ fn adamw_follows_the_cpu_and_clips() {
         let mut params = random.values(total, Element::F32);
         let (mut m, mut v) = (vec![0f32; total], vec![0f32; total]);
         let scales = [1.0f32, 2.0];
-        let (on, means, squares) = (gpu.upload(&params).unwrap(), gpu.upload(&m).unwrap(), gpu.upload(&v).unwrap());
-        let grads: Vec<Vec<f32>> = shapes.iter().map(|(r, c)| random.values(r * c, Element::F32)).collect();
-        let stored: Vec<Mat> = shapes.iter().zip(&grads).map(|((_, c), g)| Mat::new(&gpu, g, *c, c + 8, Element::F32)).collect();
-        let copies: Vec<Mat> = shapes.iter().map(|(r, c)| Mat::poisoned(&gpu, *r, c + 8, e)).collect();
+        let (on, means, squares) =
+            (gpu.upload(&params).unwrap(), gpu.upload(&m).unwrap(), gpu.upload(&v).unwrap());
+        let grads: Vec<Vec<f32>> =
+            shapes.iter().map(|(r, c)| random.values(r * c, Element::F32)).collect();
+        let stored: Vec<Mat> = shapes
+            .iter()
+            .zip(&grads)
+            .map(|((_, c), g)| Mat::new(&gpu, g, *c, c + 8, Element::F32))
+            .collect();
+        let copies: Vec<Mat> =
+            shapes.iter().map(|(r, c)| Mat::poisoned(&gpu, *r, c + 8, e)).collect();
         let (mut matrices, mut pieces, mut offset) = (Vec::new(), Vec::new(), 0);
         for (i, (r, c)) in shapes.iter().enumerate() {
             matrices.push(Matrix {
-                offset, grad: stored[i].at().0, copy: copies[i].at().0, ld_grad: *c as u64 + 8, ld_copy: *c as u64 + 8,
-                rows: *r as u32, cols: *c as u32, grad_scale: scales[i], copy_scale: scales[i], lr_scale: 1.0 + i as f32, pad: 0,
+                offset,
+                grad: stored[i].at().0,
+                copy: copies[i].at().0,
+                ld_grad: *c as u64 + 8,
+                ld_copy: *c as u64 + 8,
+                rows: *r as u32,
+                cols: *c as u32,
+                grad_scale: scales[i],
+                copy_scale: scales[i],
+                lr_scale: 1.0 + i as f32,
+                pad: 0,
             });
             pieces.extend((0..r * c).step_by(ops::PIECE).flat_map(|s| [i as i32, s as i32]));
             offset += (r * c) as u64;
         }
         let count = pieces.len() / 2;
-        let (dm, dp, sums, clip) = (gpu.upload(&matrices).unwrap(), gpu.upload(&pieces).unwrap(), gpu.alloc::<f64>(count).unwrap(), gpu.alloc::<f32>(2).unwrap());
-        let b = AdamWBuffers { params: on.ptr(), means: means.ptr(), squares: squares.ptr(), matrices: dm.ptr(), pieces: dp.ptr(), count, sums: sums.ptr(), clip: clip.ptr() };
+        let (dm, dp, sums, clip) = (
+            gpu.upload(&matrices).unwrap(),
+            gpu.upload(&pieces).unwrap(),
+            gpu.alloc::<f64>(count).unwrap(),
+            gpu.alloc::<f32>(2).unwrap(),
+        );
+        let b = AdamWBuffers {
+            params: on.ptr(),
+            means: means.ptr(),
+            squares: squares.ptr(),
+            matrices: dm.ptr(),
+            pieces: dp.ptr(),
+            count,
+            sums: sums.ptr(),
+            clip: clip.ptr(),
+        };
         for step in 1..=4 {
             let max_norm = if step % 2 == 0 { 1.0 } else { 0.0 };
-            let s = AdamWStep { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step, max_norm };
+            let s = AdamWStep {
+                lr: 1e-2,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                step,
+                max_norm,
+            };
             ops::adamw(&gpu, e, &b, &s).unwrap();
-            let scaled: Vec<Vec<f32>> = grads.iter().zip(scales).map(|(g, s)| g.iter().map(|x| x * s).collect()).collect();
+            let scaled: Vec<Vec<f32>> =
+                grads.iter().zip(scales).map(|(g, s)| g.iter().map(|x| x * s).collect()).collect();
             let norm = scaled.iter().flatten().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
             close("norm", Element::F32, &clip.to_vec().unwrap()[..1], &[norm as f32]);
             let factor = if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
@@ -416,7 +617,19 @@ fn adamw_follows_the_cpu_and_clips() {
             for (i, g) in scaled.iter().enumerate() {
                 let g: Vec<f32> = g.iter().map(|x| x * factor as f32).collect();
                 let r = at..at + g.len();
-                adamw::step(&mut params[r.clone()], &g, &mut m[r.clone()], &mut v[r.clone()], 1e-2 * (1 + i) as f64, 0.9, 0.999, 1e-8, 0.1, step).unwrap();
+                adamw::step(
+                    &mut params[r.clone()],
+                    &g,
+                    &mut m[r.clone()],
+                    &mut v[r.clone()],
+                    1e-2 * (1 + i) as f64,
+                    0.9,
+                    0.999,
+                    1e-8,
+                    0.1,
+                    step,
+                )
+                .unwrap();
                 at += g.len();
             }
             close("params", Element::F32, &on.to_vec().unwrap(), &params);
@@ -429,7 +642,21 @@ fn adamw_follows_the_cpu_and_clips() {
         // A gradient that is not a number changes nothing.
         let before = on.to_vec().unwrap();
         gpu.write(stored[0].at().0, &[f32::NAN]).unwrap();
-        ops::adamw(&gpu, e, &b, &AdamWStep { lr: 1.0, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 5, max_norm: 1.0 }).unwrap();
+        ops::adamw(
+            &gpu,
+            e,
+            &b,
+            &AdamWStep {
+                lr: 1.0,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.0,
+                step: 5,
+                max_norm: 1.0,
+            },
+        )
+        .unwrap();
         assert!(clip.to_vec().unwrap()[0].is_nan());
         assert_eq!(before, on.to_vec().unwrap());
     }

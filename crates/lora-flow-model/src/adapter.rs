@@ -126,8 +126,7 @@ impl<'a> AdapterMap<'a> {
             if slot.is_some() {
                 return Err(Error::new(format!("the adapter has `{}` twice", module.path)));
             }
-            let dropout =
-                dropout.map(|key| (lora.config.lora_dropout, linear_key(key, at)));
+            let dropout = dropout.map(|key| (lora.config.lora_dropout, linear_key(key, at)));
             *slot = Some(Slot { index, module, dropout });
         }
         Ok(Self { layers })

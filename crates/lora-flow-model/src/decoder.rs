@@ -150,7 +150,12 @@ impl Decoder {
                 source.check_all(&config)?;
                 let mut read = |name: &str, shape: &[usize]| {
                     let matrix = shape.len() == 2;
-                    source.tensor(name, shape, if matrix { dtype } else { DType::F32 }, &Device::Cpu)
+                    source.tensor(
+                        name,
+                        shape,
+                        if matrix { dtype } else { DType::F32 },
+                        &Device::Cpu,
+                    )
                 };
                 let (gpu, own) = (gpu.clone(), config.clone());
                 let decoder = crate::cuda::CudaDecoder::load(gpu, own, dtype, &mut read)?;

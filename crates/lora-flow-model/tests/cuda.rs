@@ -66,8 +66,14 @@ fn variants() -> Vec<(&'static str, ModelConfig)> {
         ("head width 128, untied", ModelConfig { tie_word_embeddings: false, ..fast(128) }),
         ("biases", ModelConfig { qkv_bias: true, o_bias: true, mlp_bias: true, ..config() }),
         ("norms of heads", ModelConfig { qk_norm: true, ..fast(64) }),
-        ("window, gelu", ModelConfig { sliding_window: Some(9), hidden_act: HiddenAct::Gelu, ..fast(64) }),
-        ("one kv head", ModelConfig { num_key_value_heads: 1, hidden_act: HiddenAct::GeluTanh, ..config() }),
+        (
+            "window, gelu",
+            ModelConfig { sliding_window: Some(9), hidden_act: HiddenAct::Gelu, ..fast(64) },
+        ),
+        (
+            "one kv head",
+            ModelConfig { num_key_value_heads: 1, hidden_act: HiddenAct::GeluTanh, ..config() },
+        ),
     ]
 }
 
@@ -101,7 +107,8 @@ fn model(config: &ModelConfig, seed: u64) -> Model {
 
 impl Model {
     fn on(&self, gpu: &Arc<Gpu>, dtype: DType) -> CudaDecoder {
-        let mut read = |name: &str, _: &[usize]| -> Result<Tensor> { Ok(self.tensors[name].clone()) };
+        let mut read =
+            |name: &str, _: &[usize]| -> Result<Tensor> { Ok(self.tensors[name].clone()) };
         CudaDecoder::load(gpu.clone(), self.config.clone(), dtype, &mut read).unwrap()
     }
 
@@ -109,7 +116,8 @@ impl Model {
         let mut lora = Lora::init(config, &self.cpu.linear_modules(), seed).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         for m in &mut lora.modules {
-            let values: Vec<f32> = (0..m.out_features * m.r).map(|_| 0.1 * (rng.random::<f32>() - 0.5)).collect();
+            let values: Vec<f32> =
+                (0..m.out_features * m.r).map(|_| 0.1 * (rng.random::<f32>() - 0.5)).collect();
             m.b = Tensor::from_vec(values, (m.out_features, m.r), &Device::Cpu).unwrap();
         }
         lora
@@ -119,8 +127,10 @@ impl Model {
 /// Documents of odd lengths, one of a single token, with unsupervised stretches.
 fn batch(vocab: usize, lengths: &[usize], seed: u64) -> Batch {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let documents: Vec<Vec<u32>> =
-        lengths.iter().map(|n| (0..*n).map(|_| rng.random_range(0..vocab as u32)).collect()).collect();
+    let documents: Vec<Vec<u32>> = lengths
+        .iter()
+        .map(|n| (0..*n).map(|_| rng.random_range(0..vocab as u32)).collect())
+        .collect();
     let mut batch = Batch::from_documents(&documents);
     for (i, target) in batch.targets.iter_mut().enumerate() {
         if i % 7 == 3 {
@@ -143,7 +153,13 @@ fn options(batch: &Batch, checkpoint: Checkpoint, dropout: Option<DropoutKey>) -
 }
 
 /// Relative errors of losses and of all gradients together.
-fn compare(model: &Model, cuda: &CudaDecoder, lora: &Lora, batch: &Batch, options: &PassOptions) -> (f64, f64) {
+fn compare(
+    model: &Model,
+    cuda: &CudaDecoder,
+    lora: &Lora,
+    batch: &Batch,
+    options: &PassOptions,
+) -> (f64, f64) {
     let mut grads = LoraGrads::zeros(lora);
     let want = model.cpu.loss_and_grad(batch, lora, options, &mut grads).unwrap();
     let mut training = cuda.training(lora, 1.0).unwrap();
@@ -168,15 +184,33 @@ fn losses_and_gradients_are_the_cpus() {
         for dtype in [DType::F32, DType::BF16] {
             let mut cuda = model.on(&gpu, dtype);
             let logits = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let base = error(&logits(cuda.logits(&batch, None).unwrap()), &logits(model.cpu.logits(&batch, None).unwrap()));
-            let adapted = error(&cuda.nll(&batch, Some(&lora)).unwrap(), &model.cpu.nll(&batch, Some(&lora)).unwrap());
-            let (nll, grad) = compare(&model, &cuda, &lora, &batch, &options(&batch, Checkpoint::None, None));
-            let (full_nll, full) = compare(&model, &cuda, &lora, &batch, &options(&batch, Checkpoint::Full, None));
+            let base = error(
+                &logits(cuda.logits(&batch, None).unwrap()),
+                &logits(model.cpu.logits(&batch, None).unwrap()),
+            );
+            let adapted = error(
+                &cuda.nll(&batch, Some(&lora)).unwrap(),
+                &model.cpu.nll(&batch, Some(&lora)).unwrap(),
+            );
+            let (nll, grad) =
+                compare(&model, &cuda, &lora, &batch, &options(&batch, Checkpoint::None, None));
+            let (full_nll, full) =
+                compare(&model, &cuda, &lora, &batch, &options(&batch, Checkpoint::Full, None));
             cuda.set_memory_limit(Some(1));
-            let (_, tight) = compare(&model, &cuda, &lora, &batch, &options(&batch, Checkpoint::None, None));
-            eprintln!("{name:<24} {dtype:?}: logits {base:.1e} nll {adapted:.1e} {nll:.1e} grads {grad:.1e}, recomputed {full:.1e}, tight {tight:.1e}");
+            let (_, tight) =
+                compare(&model, &cuda, &lora, &batch, &options(&batch, Checkpoint::None, None));
+            eprintln!(
+                "{name:<24} {dtype:?}: logits {base:.1e} nll {adapted:.1e} {nll:.1e} grads {grad:.1e}, recomputed {full:.1e}, tight {tight:.1e}"
+            );
             let (a, b) = limits(dtype);
-            if !(base < a && adapted < a && nll < a && full_nll < a && grad < b && full < b && tight < b) {
+            if !(base < a
+                && adapted < a
+                && nll < a
+                && full_nll < a
+                && grad < b
+                && full < b
+                && tight < b)
+            {
                 bad.push(format!("{name} {dtype:?}"));
             }
         }
@@ -190,26 +224,49 @@ fn partial_adapters_mixed_ranks_and_dropout() {
     let config = config();
     let model = model(&config, 3);
     let batch = batch(config.vocab_size, &[70, 33, 1], 4);
-    let list = |names: &[&str]| TargetModules::List(names.iter().map(|n| (*n).to_owned()).collect());
+    let list =
+        |names: &[&str]| TargetModules::List(names.iter().map(|n| (*n).to_owned()).collect());
     let base = LoraConfig { r: 4, lora_alpha: 8.0, ..LoraConfig::default() };
     let cases = [
-        ("q and v of layer 1", LoraConfig { target_modules: list(&["q_proj", "v_proj"]), layers_to_transform: Some(vec![1]), ..base.clone() }),
+        (
+            "q and v of layer 1",
+            LoraConfig {
+                target_modules: list(&["q_proj", "v_proj"]),
+                layers_to_transform: Some(vec![1]),
+                ..base.clone()
+            },
+        ),
         ("down alone", LoraConfig { target_modules: list(&["down_proj"]), ..base.clone() }),
-        ("o and up", LoraConfig { target_modules: list(&["o_proj", "up_proj"]), use_rslora: true, ..base.clone() }),
-        ("other ranks", LoraConfig {
-            rank_pattern: [("k_proj".to_owned(), 3), ("gate_proj".to_owned(), 9)].into(),
-            alpha_pattern: [("q_proj".to_owned(), 1.0)].into(),
-            ..base.clone()
-        }),
+        (
+            "o and up",
+            LoraConfig {
+                target_modules: list(&["o_proj", "up_proj"]),
+                use_rslora: true,
+                ..base.clone()
+            },
+        ),
+        (
+            "other ranks",
+            LoraConfig {
+                rank_pattern: [("k_proj".to_owned(), 3), ("gate_proj".to_owned(), 9)].into(),
+                alpha_pattern: [("q_proj".to_owned(), 1.0)].into(),
+                ..base.clone()
+            },
+        ),
         ("dropout", LoraConfig { lora_dropout: 0.3, ..base.clone() }),
     ];
     let mut bad = Vec::new();
     for (name, config) in cases {
         let lora = model.lora(&config, 8);
-        for (dtype, checkpoint) in [(DType::F32, Checkpoint::None), (DType::F32, Checkpoint::Full), (DType::BF16, Checkpoint::None)] {
+        for (dtype, checkpoint) in [
+            (DType::F32, Checkpoint::None),
+            (DType::F32, Checkpoint::Full),
+            (DType::BF16, Checkpoint::None),
+        ] {
             let cuda = model.on(&gpu, dtype);
             let key = (config.lora_dropout > 0.0).then_some(DropoutKey(99));
-            let (nll, grad) = compare(&model, &cuda, &lora, &batch, &options(&batch, checkpoint, key));
+            let (nll, grad) =
+                compare(&model, &cuda, &lora, &batch, &options(&batch, checkpoint, key));
             eprintln!("{name:<20} {dtype:?} {checkpoint:?}: nll {nll:.1e}, grads {grad:.1e}");
             let (a, b) = limits(dtype);
             if !(nll < a && grad < b) {
@@ -227,7 +284,9 @@ fn adapters_of_other_ranks_take_turns() {
     let model = model(&config, 3);
     let cuda = model.on(&gpu, DType::F32);
     let batch = batch(config.vocab_size, &[70, 33, 1], 4);
-    let of = |r: usize, seed| model.lora(&LoraConfig { r, lora_alpha: 8.0, ..LoraConfig::default() }, seed);
+    let of = |r: usize, seed| {
+        model.lora(&LoraConfig { r, lora_alpha: 8.0, ..LoraConfig::default() }, seed)
+    };
     let (a, b, c) = (of(4, 1), of(16, 2), of(4, 3));
     for lora in [Some(&a), None, Some(&b), Some(&c), None, Some(&a)] {
         let e = error(&cuda.nll(&batch, lora).unwrap(), &model.cpu.nll(&batch, lora).unwrap());
@@ -244,18 +303,39 @@ fn ten_steps_follow_the_cpu_and_repeat_their_bits() {
     ] {
         let model = model(&config, 11);
         // Two batches a step, their gradients added, at a rate that moves the loss.
-        let batches = [batch(config.vocab_size, &[90, 1, 41], 1), batch(config.vocab_size, &[64, 64], 2)];
-        let start = Lora::init(&LoraConfig { r: 8, lora_alpha: 16.0, ..LoraConfig::default() }, &model.cpu.linear_modules(), 2).unwrap();
+        let batches =
+            [batch(config.vocab_size, &[90, 1, 41], 1), batch(config.vocab_size, &[64, 64], 2)];
+        let start = Lora::init(
+            &LoraConfig { r: 8, lora_alpha: 16.0, ..LoraConfig::default() },
+            &model.cpu.linear_modules(),
+            2,
+        )
+        .unwrap();
         let supervised: usize = batches.iter().map(Batch::supervised).sum();
-        let options = PassOptions { grad_scale: 1.0 / supervised as f32, dropout: None, checkpoint: Checkpoint::None };
-        let factors = |step| AdamWFactors { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step, max_norm: 1.0 };
+        let options = PassOptions {
+            grad_scale: 1.0 / supervised as f32,
+            dropout: None,
+            checkpoint: Checkpoint::None,
+        };
+        let factors = |step| AdamWFactors {
+            lr: 1e-2,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            step,
+            max_norm: 1.0,
+        };
         let on_gpu = || {
             let cuda = model.on(&gpu, dtype);
             let mut training = cuda.training(&start, 1.0).unwrap();
             let losses: Vec<f64> = (1..=10)
                 .map(|step| {
                     training.clear();
-                    let nll: f64 = batches.iter().map(|b| cuda.loss_and_grad(b, &mut training, &options).unwrap().nll_sum()).sum();
+                    let nll: f64 = batches
+                        .iter()
+                        .map(|b| cuda.loss_and_grad(b, &mut training, &options).unwrap().nll_sum())
+                        .sum();
                     training.step(&factors(step)).unwrap();
                     nll / supervised as f64
                 })
@@ -268,11 +348,20 @@ fn ten_steps_follow_the_cpu_and_repeat_their_bits() {
         assert!(state == same, "equal runs give equal bits");
 
         let mut lora = start.clone();
-        let mut params: Vec<Vec<f32>> = lora.modules.iter().flat_map(|m| [&m.a, &m.b]).map(|t| t.flatten_all().unwrap().to_vec1().unwrap()).collect();
-        let (mut m, mut v): (Vec<Vec<f32>>, Vec<Vec<f32>>) = params.iter().map(|p| (vec![0.0; p.len()], vec![0.0; p.len()])).unzip();
+        let mut params: Vec<Vec<f32>> = lora
+            .modules
+            .iter()
+            .flat_map(|m| [&m.a, &m.b])
+            .map(|t| t.flatten_all().unwrap().to_vec1().unwrap())
+            .collect();
+        let (mut m, mut v): (Vec<Vec<f32>>, Vec<Vec<f32>>) =
+            params.iter().map(|p| (vec![0.0; p.len()], vec![0.0; p.len()])).unzip();
         for (step, found) in (1..=10).zip(&losses) {
             let mut grads = LoraGrads::zeros(&lora);
-            let nll: f64 = batches.iter().map(|b| model.cpu.loss_and_grad(b, &lora, &options, &mut grads).unwrap().nll_sum()).sum();
+            let nll: f64 = batches
+                .iter()
+                .map(|b| model.cpu.loss_and_grad(b, &lora, &options, &mut grads).unwrap().nll_sum())
+                .sum();
             let want = nll / supervised as f64;
             eprintln!("{dtype:?} step {step:>2}: loss {found:.6}, the CPU's {want:.6}");
             assert!((found - want).abs() < limit * want, "step {step}: {found} instead of {want}");
@@ -280,7 +369,19 @@ fn ten_steps_follow_the_cpu_and_repeat_their_bits() {
             let factor = (1.0 / (norm + 1e-6)).min(1.0) as f32;
             grads.tensors_mut().for_each(|g| g.iter_mut().for_each(|g| *g *= factor));
             for (i, g) in grads.tensors().enumerate() {
-                adamw::step(&mut params[i], g, &mut m[i], &mut v[i], 1e-2, 0.9, 0.999, 1e-8, 0.0, step).unwrap();
+                adamw::step(
+                    &mut params[i],
+                    g,
+                    &mut m[i],
+                    &mut v[i],
+                    1e-2,
+                    0.9,
+                    0.999,
+                    1e-8,
+                    0.0,
+                    step,
+                )
+                .unwrap();
             }
             let mut values = params.iter();
             for t in lora.modules.iter_mut().flat_map(|m| [&mut m.a, &mut m.b]) {
@@ -301,8 +402,10 @@ fn generation_is_the_cpus() {
         let prompt: Vec<u32> = (0..70).map(|i| i * 13 % 131).collect();
         let options = GenerateOptions { max_new_tokens: 20, ..GenerateOptions::default() };
         for adapter in [None, Some(&lora)] {
-            let got = Generator::new(&decoder).generate(&prompt, adapter, &options, |_| true).unwrap();
-            let want = Generator::new(&model.cpu).generate(&prompt, adapter, &options, |_| true).unwrap();
+            let got =
+                Generator::new(&decoder).generate(&prompt, adapter, &options, |_| true).unwrap();
+            let want =
+                Generator::new(&model.cpu).generate(&prompt, adapter, &options, |_| true).unwrap();
             assert_eq!(got, want, "{name}");
         }
     }
@@ -318,7 +421,9 @@ fn out_of_memory_is_an_error_and_no_end() {
     let lora = model.lora(&LoraConfig { r: 4, lora_alpha: 8.0, ..LoraConfig::default() }, 5);
     let big = batch(131, &[200; 1000], 6);
     let mut training = cuda.training(&lora, 1.0).unwrap();
-    let e = cuda.loss_and_grad(&big, &mut training, &options(&big, Checkpoint::None, None)).unwrap_err();
+    let e = cuda
+        .loss_and_grad(&big, &mut training, &options(&big, Checkpoint::None, None))
+        .unwrap_err();
     assert!(e.to_string().contains("out of memory"), "{e}");
     drop(hog);
     let small = batch(131, &[20], 6);

@@ -22,9 +22,15 @@ pub struct Learner<'a> {
 }
 
 enum State {
-    Host { optimizer: AdamW, grads: LoraGrads },
+    Host {
+        optimizer: AdamW,
+        grads: LoraGrads,
+    },
     #[cfg(feature = "cuda")]
-    Cuda { settings: AdamWSettings, training: Box<lora_flow_model::cuda::Training> },
+    Cuda {
+        settings: AdamWSettings,
+        training: Box<lora_flow_model::cuda::Training>,
+    },
 }
 
 impl<'a> Learner<'a> {
@@ -132,7 +138,9 @@ impl<'a> Learner<'a> {
     /// When they are another's, or the device failed.
     pub(crate) fn restore(&mut self, from: Values) -> Result<()> {
         match &mut self.state {
-            State::Host { optimizer: o, .. } => (o.params, o.m, o.v) = (from.params, from.m, from.v),
+            State::Host { optimizer: o, .. } => {
+                (o.params, o.m, o.v) = (from.params, from.m, from.v)
+            }
             #[cfg(feature = "cuda")]
             State::Cuda { training, .. } => {
                 let Values { params, m, v } = from;

@@ -16,8 +16,8 @@ use crate::LOG_FILE;
 use crate::checkpoint::{Checkpoint, State};
 use crate::config::TrainConfig;
 use crate::evaluate::{Budget, MeanLoss, document_losses, mean_loss};
-use crate::log::{EvalLine, Log, StepLine, peak_rss_bytes};
 use crate::learner::{Learner, Values};
+use crate::log::{EvalLine, Log, StepLine, peak_rss_bytes};
 use crate::optimizer::{self, AdamWSettings};
 use crate::order::{DataOrder, Steps, stream};
 use crate::schedule::Schedule;
@@ -316,13 +316,8 @@ impl<'a> Trainer<'a> {
     fn save(&mut self) -> Result<()> {
         self.state.log_bytes = self.log.sync()?;
         let Values { params, m, v } = self.learner.values()?;
-        let mut checkpoint = Checkpoint {
-            state: self.state.clone(),
-            params,
-            m,
-            v,
-            best: self.best.clone(),
-        };
+        let mut checkpoint =
+            Checkpoint { state: self.state.clone(), params, m, v, best: self.best.clone() };
         let step = self.state.step;
         checkpoint
             .save(self.run.state_dir, self.identity)

@@ -178,9 +178,8 @@ fn covers_all_text(set: &TokenSet, scored: usize, rows: usize) -> bool {
 }
 
 fn load_adapter(adapter: Option<&Artifact>, decoder: &Decoder) -> Result<Option<Lora>> {
-    let load = |artifact| {
-        Lora::load_peft(artifact, &decoder.linear_modules()).context("input `adapter`")
-    };
+    let load =
+        |artifact| Lora::load_peft(artifact, &decoder.linear_modules()).context("input `adapter`");
     adapter.map(load).transpose()
 }
 

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use lora_flow_model::place::Place;
 use lora_flow_core::{
     Artifact, ArtifactKind, DeviceSpec, Event, NamedArtifact, OutputDir, Reporter, Result, Task,
     TaskContext, TaskContextParts,
 };
 use lora_flow_model::config::ModelConfig;
 use lora_flow_model::lora::{Lora, LoraConfig};
+use lora_flow_model::place::Place;
 use lora_flow_model::safetensors_file::{SafetensorsWriter, encode};
 use lora_flow_model::weights::WeightSource;
 use serde_json::{Value, json};

@@ -86,7 +86,10 @@ fn check(code: c_int, doing: &str) -> Result<(), CudaError> {
         15 => "not supported",
         _ => "failed",
     };
-    Err(CudaError::new(format!("cuBLASLt: {name} (status {code}) while {doing}"), "this is a bug, unless the GPU failed before"))
+    Err(CudaError::new(
+        format!("cuBLASLt: {name} (status {code}) while {doing}"),
+        "this is a bug, unless the GPU failed before",
+    ))
 }
 
 /// The largest power of two up to 256 that divides an address.
@@ -107,7 +110,10 @@ impl Blas {
         unsafe {
             check((lib.create)(&mut handle), "starting")?;
             if (gpu.driver.alloc)(&mut workspace, WORKSPACE) != 0 {
-                return Err(CudaError::new("the GPU has no room for the workspace of the products", "what else runs on it?"));
+                return Err(CudaError::new(
+                    "the GPU has no room for the workspace of the products",
+                    "what else runs on it?",
+                ));
             }
         }
         Ok(Self { open: Some(Open { lib, handle, workspace }), plans: HashMap::new() })
@@ -140,23 +146,36 @@ impl Blas {
         let lib = open.lib;
         // cuBLASLt is column-major: a row-major matrix is its transpose there, so it computes
         // Cᵀ = op(B)ᵀ·op(A)ᵀ, with our B as its A.
-        let stored = |t: bool, rows: usize, cols: usize| if t { (cols, rows) } else { (rows, cols) };
+        let stored =
+            |t: bool, rows: usize, cols: usize| if t { (cols, rows) } else { (rows, cols) };
         let (a_rows, a_cols) = stored(p.a_t, p.m, p.k);
         let (b_rows, b_cols) = stored(p.b_t, p.k, p.n);
-        let layout = |element: Element, rows: usize, cols: usize, ld: usize| -> Result<Handle, CudaError> {
-            let mut handle = std::ptr::null_mut();
-            // Safety: a valid pointer.
-            let code = unsafe { (lib.layout_create)(&mut handle, dtype(element), cols as u64, rows as u64, ld as i64) };
-            check(code, "describing a matrix")?;
-            Ok(handle)
-        };
+        let layout =
+            |element: Element, rows: usize, cols: usize, ld: usize| -> Result<Handle, CudaError> {
+                let mut handle = std::ptr::null_mut();
+                // Safety: a valid pointer.
+                let code = unsafe {
+                    (lib.layout_create)(
+                        &mut handle,
+                        dtype(element),
+                        cols as u64,
+                        rows as u64,
+                        ld as i64,
+                    )
+                };
+                check(code, "describing a matrix")?;
+                Ok(handle)
+            };
         let mut desc = std::ptr::null_mut();
         // Safety: valid pointers, sizes as the header has them.
         unsafe {
             check((lib.desc_create)(&mut desc, COMPUTE_32F, 0), "describing a product")?;
             for (attribute, t) in [(3, p.b_t), (4, p.a_t)] {
                 let value: c_int = t.into();
-                check((lib.desc_set)(desc, attribute, (&raw const value).cast(), 4), "describing a product")?;
+                check(
+                    (lib.desc_set)(desc, attribute, (&raw const value).cast(), 4),
+                    "describing a product",
+                )?;
             }
         }
         let mut plan = Plan {
@@ -167,7 +186,8 @@ impl Blas {
             add: layout(p.output, p.m, p.n, p.add.1)?,
             algo: Algo::default(),
         };
-        let (mut preference, mut found, mut count) = (std::ptr::null_mut(), Heuristic::default(), 0);
+        let (mut preference, mut found, mut count) =
+            (std::ptr::null_mut(), Heuristic::default(), 0);
         // Safety: as above.
         unsafe {
             check((lib.preference_create)(&mut preference), "choosing an algorithm")?;
@@ -178,13 +198,25 @@ impl Blas {
                 (lib.preference_set)(preference, attribute, (&raw const value).cast(), 4);
             }
             let code = (lib.heuristic)(
-                open.handle, plan.desc, plan.a, plan.b, plan.add, plan.c, preference, 1, &mut found, &mut count,
+                open.handle,
+                plan.desc,
+                plan.a,
+                plan.b,
+                plan.add,
+                plan.c,
+                preference,
+                1,
+                &mut found,
+                &mut count,
             );
             (lib.preference_destroy)(preference);
             check(code, &format!("choosing an algorithm for {p:?}"))?;
         }
         if count == 0 {
-            return Err(CudaError::new(format!("cuBLASLt has no algorithm for {p:?}"), "this is a bug"));
+            return Err(CudaError::new(
+                format!("cuBLASLt has no algorithm for {p:?}"),
+                "this is a bug",
+            ));
         }
         plan.algo = found.algo;
         Ok(plan)
@@ -220,16 +252,32 @@ impl Gpu {
             std::collections::hash_map::Entry::Vacant(e) => e.insert(Blas::plan(open, &p, &shape)?),
         };
         let scalar = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
-        self.noted(|| format!("product {}x{}x{}", p.m, p.n, p.k), || {
-            // Safety: the plan describes the matrices, which the caller keeps alive.
-            let code = unsafe {
-                (open.lib.matmul)(
-                    open.handle, plan.desc, scalar(&p.alpha), p.b.0, plan.a, p.a.0, plan.b,
-                    scalar(&p.beta), p.add.0, plan.add, p.c.0, plan.c, &plan.algo, open.workspace,
-                    WORKSPACE, self.stream,
-                )
-            };
-            check(code, "multiplying")
-        })
+        self.noted(
+            || format!("product {}x{}x{}", p.m, p.n, p.k),
+            || {
+                // Safety: the plan describes the matrices, which the caller keeps alive.
+                let code = unsafe {
+                    (open.lib.matmul)(
+                        open.handle,
+                        plan.desc,
+                        scalar(&p.alpha),
+                        p.b.0,
+                        plan.a,
+                        p.a.0,
+                        plan.b,
+                        scalar(&p.beta),
+                        p.add.0,
+                        plan.add,
+                        p.c.0,
+                        plan.c,
+                        &plan.algo,
+                        open.workspace,
+                        WORKSPACE,
+                        self.stream,
+                    )
+                };
+                check(code, "multiplying")
+            },
+        )
     }
 }

@@ -26,7 +26,8 @@ impl Library {
         for name in names {
             let Ok(c_name) = CString::new(name.as_str()) else { continue };
             // Safety: a terminated name; the loader runs the library's initialisers.
-            let handle = unsafe { libc::dlopen(c_name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+            let handle =
+                unsafe { libc::dlopen(c_name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
             if !handle.is_null() {
                 return Ok(Self(handle));
             }
@@ -176,7 +177,11 @@ pub(crate) struct Heuristic {
 pub(crate) fn driver() -> Result<&'static Driver, Missing> {
     static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
     let found = DRIVER.get_or_init(|| {
-        let names = ["libcuda.so.1", "/usr/local/nvidia/lib64/libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1"];
+        let names = [
+            "libcuda.so.1",
+            "/usr/local/nvidia/lib64/libcuda.so.1",
+            "/usr/lib/wsl/lib/libcuda.so.1",
+        ];
         Driver::load(&Library::open(&names.map(str::to_owned))?)
     });
     found.as_ref().map_err(|e| Missing {

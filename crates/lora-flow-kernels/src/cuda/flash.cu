@@ -348,11 +348,11 @@ __device__ __forceinline__ void flash_dkv(bf16* dk, bf16* dv, size_t lddk, const
 // Sizes of the kernels: m16 tiles of a warp, warps, rows of the other operand's block, and blocks
 // that are to share a multiprocessor. A header named by nvcc -include tries others.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define DEFAULT_FWD_64 1, 4, 64, 4
+#define DEFAULT_FWD_64 1, 4, 64, 3
 #define DEFAULT_FWD_128 1, 4, 128, 2
 #define DEFAULT_DQ_64 1, 4, 64, 3
 #define DEFAULT_DQ_128 1, 4, 64, 2
-#define DEFAULT_DKV_64 1, 4, 64, 3
+#define DEFAULT_DKV_64 1, 4, 128, 2
 #define DEFAULT_DKV_128 1, 4, 64, 2
 #else
 #define DEFAULT_FWD_64 2, 4, 64, 2

@@ -66,17 +66,29 @@ fn check(driver: &Driver, code: c_int, doing: &str) -> Result<()> {
         // Safety: the driver gives a terminated static text, or null for an unknown number.
         unsafe {
             f(code, &mut text);
-            if text.is_null() { None } else { Some(CStr::from_ptr(text).to_string_lossy().into_owned()) }
+            if text.is_null() {
+                None
+            } else {
+                Some(CStr::from_ptr(text).to_string_lossy().into_owned())
+            }
         }
     };
     let name = text(driver.error_name).unwrap_or_else(|| format!("error {code}"));
     let what = text(driver.error_text).unwrap_or_default();
     let hint = match code {
-        2 => Some("the GPU has no room: smaller batches, `gradient_checkpointing: true`, or a smaller model"),
+        2 => Some(
+            "the GPU has no room: smaller batches, `gradient_checkpointing: true`, or a smaller model",
+        ),
         35 | 803 => Some("the NVIDIA driver is too old for this program: update it"),
-        100 => Some("the driver sees no GPU: is one built in, and is it visible (CUDA_VISIBLE_DEVICES)?"),
-        209 | 218 => Some("the program holds no code for this GPU: build it with `LORA_FLOW_CUDA_ARCHS` set to its compute capability"),
-        700 | 702 | 719 => Some("the GPU cannot be used any more by this process; what was checkpointed is safe"),
+        100 => Some(
+            "the driver sees no GPU: is one built in, and is it visible (CUDA_VISIBLE_DEVICES)?",
+        ),
+        209 | 218 => Some(
+            "the program holds no code for this GPU: build it with `LORA_FLOW_CUDA_ARCHS` set to its compute capability",
+        ),
+        700 | 702 | 719 => {
+            Some("the GPU cannot be used any more by this process; what was checkpointed is safe")
+        }
         _ => None,
     };
     Err(CudaError {
@@ -181,9 +193,26 @@ pub(crate) struct FlashShape {
 
 /// Kernels that there are for f32 and for bf16.
 const KERNELS: &[&str] = &[
-    "gather", "rms_fwd", "rms_again", "rms_bwd", "add_bias", "head_norm", "head_norm_bwd", "rope",
-    "gated_fwd", "gated_bwd", "copy2d", "dropout", "fill_uniform", "cross_entropy", "adamw", "place",
-    "attn_fwd", "attn_delta", "attn_dq", "attn_dkv",
+    "gather",
+    "rms_fwd",
+    "rms_again",
+    "rms_bwd",
+    "add_bias",
+    "head_norm",
+    "head_norm_bwd",
+    "rope",
+    "gated_fwd",
+    "gated_bwd",
+    "copy2d",
+    "dropout",
+    "fill_uniform",
+    "cross_entropy",
+    "adamw",
+    "place",
+    "attn_fwd",
+    "attn_delta",
+    "attn_dq",
+    "attn_dkv",
 ];
 
 impl Gpu {
@@ -199,7 +228,10 @@ impl Gpu {
                 match found.len() {
                     0 => "this machine has no NVIDIA GPU".to_owned(),
                     1 => format!("there is no GPU {index}: this machine has one, `cuda:0`"),
-                    n => format!("there is no GPU {index}: this machine has {n}, `cuda:0` to `cuda:{}`", n - 1),
+                    n => format!(
+                        "there is no GPU {index}: this machine has {n}, `cuda:0` to `cuda:{}`",
+                        n - 1
+                    ),
                 },
                 "`lora-flow doctor` lists the GPUs",
             ));
@@ -208,7 +240,9 @@ impl Gpu {
             return Err(CudaError::new(
                 format!(
                     "the NVIDIA driver is too old: it speaks CUDA {}.{}, {}.0 is needed",
-                    info.driver / 1000, info.driver % 1000 / 10, OLDEST_DRIVER / 1000
+                    info.driver / 1000,
+                    info.driver % 1000 / 10,
+                    OLDEST_DRIVER / 1000
                 ),
                 "update the driver",
             ));
@@ -216,7 +250,10 @@ impl Gpu {
         if info.capability < OLDEST {
             let (major, minor) = info.capability;
             return Err(CudaError::new(
-                format!("GPU {index} ({}) has compute capability {major}.{minor}, {}.{} is needed", info.name, OLDEST.0, OLDEST.1),
+                format!(
+                    "GPU {index} ({}) has compute capability {major}.{minor}, {}.{} is needed",
+                    info.name, OLDEST.0, OLDEST.1
+                ),
                 "use a GPU of the Ampere generation or newer, or `--device cpu`",
             ));
         }
@@ -264,33 +301,47 @@ impl Gpu {
             self.modules.push(module);
         }
         let both = |name: &&str| [format!("{name}_f32"), format!("{name}_bf16")];
-        let flash = FLASH_PASSES.into_iter().flat_map(|pass| [64, 128].map(|dim| format!("flash_{pass}_{dim}")));
+        let flash = FLASH_PASSES
+            .into_iter()
+            .flat_map(|pass| [64, 128].map(|dim| format!("flash_{pass}_{dim}")));
         let single = ["grad_squares", "clip_factor"].map(str::to_owned);
         for name in KERNELS.iter().flat_map(both).chain(flash).chain(single) {
-            let c_name = CString::new(name.as_str()).map_err(|e| CudaError::new(e.to_string(), ""))?;
+            let c_name =
+                CString::new(name.as_str()).map_err(|e| CudaError::new(e.to_string(), ""))?;
             let mut function = std::ptr::null_mut();
             // Safety: module and name are valid.
             let found = self.modules.iter().any(|module| unsafe {
                 (self.driver.module_function)(&mut function, *module, c_name.as_ptr()) == 0
             });
             if !found {
-                return Err(CudaError::new(format!("the program has no kernel `{name}`"), "this is a bug"));
+                return Err(CudaError::new(
+                    format!("the program has no kernel `{name}`"),
+                    "this is a bug",
+                ));
             }
             self.functions.insert(name, function);
         }
         let (mut at, mut bytes) = (0, 0);
         let last = self.modules.last().copied().unwrap_or(std::ptr::null_mut());
         // Safety: module and name are valid.
-        let code = unsafe { (self.driver.module_global)(&mut at, &mut bytes, last, c"flash_shapes".as_ptr()) };
+        let code = unsafe {
+            (self.driver.module_global)(&mut at, &mut bytes, last, c"flash_shapes".as_ptr())
+        };
         check(self.driver, code, "read the blocks of attention")?;
         let mut shapes = [0i32; 18];
         self.read(at, &mut shapes)?;
         for (i, shape) in shapes.chunks(3).enumerate() {
-            let shape = FlashShape { rows: shape[0] as usize, threads: shape[1] as u32, shared: shape[2] as usize };
+            let shape = FlashShape {
+                rows: shape[0] as usize,
+                threads: shape[1] as u32,
+                shared: shape[2] as usize,
+            };
             self.flash[i] = shape;
             let name = format!("flash_{}_{}", FLASH_PASSES[i % 3], [64, 128][i / 3]);
             // Safety: the function is loaded; 8 is the limit of dynamic shared memory.
-            let code = unsafe { (self.driver.function_set)(self.functions[&name], 8, shape.shared as c_int) };
+            let code = unsafe {
+                (self.driver.function_set)(self.functions[&name], 8, shape.shared as c_int)
+            };
             check(self.driver, code, "set the shared memory")?;
         }
         Ok(())
@@ -364,7 +415,11 @@ impl Gpu {
     }
 
     /// Queues work, with marks around it while a profile is taken.
-    pub(crate) fn noted(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(crate) fn noted(
+        &self,
+        name: impl FnOnce() -> String,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let mut profile = self.profile.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(notes) = &mut *profile else {
             drop(profile);
@@ -491,7 +546,13 @@ impl Gpu {
     ///
     /// # Errors
     /// When the device failed.
-    pub fn copy_rows(&self, to: (DevicePtr, usize), from: (DevicePtr, usize), width: usize, rows: usize) -> Result<()> {
+    pub fn copy_rows(
+        &self,
+        to: (DevicePtr, usize),
+        from: (DevicePtr, usize),
+        width: usize,
+        rows: usize,
+    ) -> Result<()> {
         const DEVICE: c_uint = 2;
         let copy = Copy2d {
             src_type: DEVICE,
@@ -562,16 +623,28 @@ impl Gpu {
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
         }
-        self.noted(|| name.to_owned(), || {
-            // Safety: the callers in `ops` pass what the kernel declares.
-            let code = unsafe {
-                (self.driver.launch)(
-                    self.functions[name], grid.0, grid.1, 1, threads, 1, 1, shared as c_uint,
-                    self.stream, args.as_mut_ptr(), std::ptr::null_mut(),
-                )
-            };
-            check(self.driver, code, name)
-        })
+        self.noted(
+            || name.to_owned(),
+            || {
+                // Safety: the callers in `ops` pass what the kernel declares.
+                let code = unsafe {
+                    (self.driver.launch)(
+                        self.functions[name],
+                        grid.0,
+                        grid.1,
+                        1,
+                        threads,
+                        1,
+                        1,
+                        shared as c_uint,
+                        self.stream,
+                        args.as_mut_ptr(),
+                        std::ptr::null_mut(),
+                    )
+                };
+                check(self.driver, code, name)
+            },
+        )
     }
 
     /// A mark in the stream, to time what lies between two.

@@ -54,8 +54,27 @@ fn int(x: usize) -> i32 {
 ///
 /// # Errors
 /// When the device failed.
-pub fn gather(gpu: &Arc<Gpu>, e: Element, x: Mat, table: DevicePtr, ids: DevicePtr, rows: usize, width: usize) -> Result<()> {
-    launch!(gpu, &kernel("gather", e), (rows as u32, 1), row_threads(width), 0, x.0, x.1, table, ids, int(width))
+pub fn gather(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    x: Mat,
+    table: DevicePtr,
+    ids: DevicePtr,
+    rows: usize,
+    width: usize,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("gather", e),
+        (rows as u32, 1),
+        row_threads(width),
+        0,
+        x.0,
+        x.1,
+        table,
+        ids,
+        int(width)
+    )
 }
 
 /// y = RMSNorm(x)·w and 1/σ of each row. With `pick` (not 0) row i comes from row pick[i] of x, and
@@ -64,8 +83,34 @@ pub fn gather(gpu: &Arc<Gpu>, e: Element, x: Mat, table: DevicePtr, ids: DeviceP
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn rms_fwd(gpu: &Arc<Gpu>, e: Element, y: Mat, rstd: DevicePtr, x: Mat, w: DevicePtr, pick: DevicePtr, rows: usize, width: usize, eps: f32) -> Result<()> {
-    launch!(gpu, &kernel("rms_fwd", e), (rows as u32, 1), row_threads(width), 0, y.0, y.1, rstd, x.0, x.1, w, pick, int(width), eps)
+pub fn rms_fwd(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    y: Mat,
+    rstd: DevicePtr,
+    x: Mat,
+    w: DevicePtr,
+    pick: DevicePtr,
+    rows: usize,
+    width: usize,
+    eps: f32,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("rms_fwd", e),
+        (rows as u32, 1),
+        row_threads(width),
+        0,
+        y.0,
+        y.1,
+        rstd,
+        x.0,
+        x.1,
+        w,
+        pick,
+        int(width),
+        eps
+    )
 }
 
 /// y again, from x and 1/σ.
@@ -73,8 +118,30 @@ pub fn rms_fwd(gpu: &Arc<Gpu>, e: Element, y: Mat, rstd: DevicePtr, x: Mat, w: D
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn rms_again(gpu: &Arc<Gpu>, e: Element, y: Mat, rstd: DevicePtr, x: Mat, w: DevicePtr, rows: usize, width: usize) -> Result<()> {
-    launch!(gpu, &kernel("rms_again", e), (rows as u32, 1), row_threads(width), 0, y.0, y.1, rstd, x.0, x.1, w, int(width))
+pub fn rms_again(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    y: Mat,
+    rstd: DevicePtr,
+    x: Mat,
+    w: DevicePtr,
+    rows: usize,
+    width: usize,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("rms_again", e),
+        (rows as u32, 1),
+        row_threads(width),
+        0,
+        y.0,
+        y.1,
+        rstd,
+        x.0,
+        x.1,
+        w,
+        int(width)
+    )
 }
 
 /// d = the gradient of the norm's input, or += with `add`; `pick` as in [`rms_fwd`].
@@ -82,16 +149,62 @@ pub fn rms_again(gpu: &Arc<Gpu>, e: Element, y: Mat, rstd: DevicePtr, x: Mat, w:
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn rms_bwd(gpu: &Arc<Gpu>, e: Element, d: Mat, dy: Mat, x: Mat, w: DevicePtr, rstd: DevicePtr, pick: DevicePtr, rows: usize, width: usize, add: bool) -> Result<()> {
-    launch!(gpu, &kernel("rms_bwd", e), (rows as u32, 1), row_threads(width), 0, d.0, d.1, dy.0, dy.1, x.0, x.1, w, rstd, pick, int(width), i32::from(add))
+pub fn rms_bwd(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    d: Mat,
+    dy: Mat,
+    x: Mat,
+    w: DevicePtr,
+    rstd: DevicePtr,
+    pick: DevicePtr,
+    rows: usize,
+    width: usize,
+    add: bool,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("rms_bwd", e),
+        (rows as u32, 1),
+        row_threads(width),
+        0,
+        d.0,
+        d.1,
+        dy.0,
+        dy.1,
+        x.0,
+        x.1,
+        w,
+        rstd,
+        pick,
+        int(width),
+        i32::from(add)
+    )
 }
 
 /// x += bias (f32) in each row.
 ///
 /// # Errors
 /// When the device failed.
-pub fn add_bias(gpu: &Arc<Gpu>, e: Element, x: Mat, bias: DevicePtr, rows: usize, width: usize) -> Result<()> {
-    launch!(gpu, &kernel("add_bias", e), (rows as u32, 1), row_threads(width), 0, x.0, x.1, bias, int(width))
+pub fn add_bias(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    x: Mat,
+    bias: DevicePtr,
+    rows: usize,
+    width: usize,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("add_bias", e),
+        (rows as u32, 1),
+        row_threads(width),
+        0,
+        x.0,
+        x.1,
+        bias,
+        int(width)
+    )
 }
 
 /// RMS norm of each of `heads` heads of a row; `rstd` [rows, heads].
@@ -99,8 +212,34 @@ pub fn add_bias(gpu: &Arc<Gpu>, e: Element, x: Mat, bias: DevicePtr, rows: usize
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn head_norm(gpu: &Arc<Gpu>, e: Element, y: Mat, rstd: DevicePtr, x: Mat, w: DevicePtr, rows: usize, heads: usize, dim: usize, eps: f32) -> Result<()> {
-    launch!(gpu, &kernel("head_norm", e), (rows as u32, 1), 128, 0, y.0, y.1, rstd, x.0, x.1, w, int(heads), int(dim), eps)
+pub fn head_norm(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    y: Mat,
+    rstd: DevicePtr,
+    x: Mat,
+    w: DevicePtr,
+    rows: usize,
+    heads: usize,
+    dim: usize,
+    eps: f32,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("head_norm", e),
+        (rows as u32, 1),
+        128,
+        0,
+        y.0,
+        y.1,
+        rstd,
+        x.0,
+        x.1,
+        w,
+        int(heads),
+        int(dim),
+        eps
+    )
 }
 
 /// Its backward, in place on the gradient `d`.
@@ -108,8 +247,32 @@ pub fn head_norm(gpu: &Arc<Gpu>, e: Element, y: Mat, rstd: DevicePtr, x: Mat, w:
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn head_norm_bwd(gpu: &Arc<Gpu>, e: Element, d: Mat, rstd: DevicePtr, x: Mat, w: DevicePtr, rows: usize, heads: usize, dim: usize) -> Result<()> {
-    launch!(gpu, &kernel("head_norm_bwd", e), (rows as u32, 1), 128, 0, d.0, d.1, rstd, x.0, x.1, w, int(heads), int(dim))
+pub fn head_norm_bwd(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    d: Mat,
+    rstd: DevicePtr,
+    x: Mat,
+    w: DevicePtr,
+    rows: usize,
+    heads: usize,
+    dim: usize,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("head_norm_bwd", e),
+        (rows as u32, 1),
+        128,
+        0,
+        d.0,
+        d.1,
+        rstd,
+        x.0,
+        x.1,
+        w,
+        int(heads),
+        int(dim)
+    )
 }
 
 /// Rotates the first `heads` heads of each row in place, back with `inverse`. `table`
@@ -118,25 +281,88 @@ pub fn head_norm_bwd(gpu: &Arc<Gpu>, e: Element, d: Mat, rstd: DevicePtr, x: Mat
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn rope(gpu: &Arc<Gpu>, e: Element, x: Mat, table: DevicePtr, positions: DevicePtr, rows: usize, heads: usize, dim: usize, inverse: bool) -> Result<()> {
+pub fn rope(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    x: Mat,
+    table: DevicePtr,
+    positions: DevicePtr,
+    rows: usize,
+    heads: usize,
+    dim: usize,
+    inverse: bool,
+) -> Result<()> {
     let sign: f32 = if inverse { -1.0 } else { 1.0 };
-    launch!(gpu, &kernel("rope", e), (rows as u32, 1), row_threads(heads * dim / 2), 0, x.0, x.1, table, positions, int(heads), int(dim), sign)
+    launch!(
+        gpu,
+        &kernel("rope", e),
+        (rows as u32, 1),
+        row_threads(heads * dim / 2),
+        0,
+        x.0,
+        x.1,
+        table,
+        positions,
+        int(heads),
+        int(dim),
+        sign
+    )
 }
 
 /// h = act(gate)·up; a row of `gu` is the gate and then up. `act`: 0 SiLU, 1 GELU, 2 GELU by tanh.
 ///
 /// # Errors
 /// When the device failed.
-pub fn gated_fwd(gpu: &Arc<Gpu>, e: Element, h: Mat, gu: Mat, rows: usize, width: usize, act: i32) -> Result<()> {
-    launch!(gpu, &kernel("gated_fwd", e), (rows as u32, 1), row_threads(width), 0, h.0, h.1, gu.0, gu.1, int(width), act)
+pub fn gated_fwd(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    h: Mat,
+    gu: Mat,
+    rows: usize,
+    width: usize,
+    act: i32,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("gated_fwd", e),
+        (rows as u32, 1),
+        row_threads(width),
+        0,
+        h.0,
+        h.1,
+        gu.0,
+        gu.1,
+        int(width),
+        act
+    )
 }
 
 /// In place: dh becomes h, gate and up become their gradients.
 ///
 /// # Errors
 /// When the device failed.
-pub fn gated_bwd(gpu: &Arc<Gpu>, e: Element, dh: Mat, gu: Mat, rows: usize, width: usize, act: i32) -> Result<()> {
-    launch!(gpu, &kernel("gated_bwd", e), (rows as u32, 1), row_threads(width), 0, dh.0, dh.1, gu.0, gu.1, int(width), act)
+pub fn gated_bwd(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    dh: Mat,
+    gu: Mat,
+    rows: usize,
+    width: usize,
+    act: i32,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("gated_bwd", e),
+        (rows as u32, 1),
+        row_threads(width),
+        0,
+        dh.0,
+        dh.1,
+        gu.0,
+        gu.1,
+        int(width),
+        act
+    )
 }
 
 /// y = x; any width.
@@ -144,7 +370,19 @@ pub fn gated_bwd(gpu: &Arc<Gpu>, e: Element, dh: Mat, gu: Mat, rows: usize, widt
 /// # Errors
 /// When the device failed.
 pub fn copy2d(gpu: &Arc<Gpu>, e: Element, y: Mat, x: Mat, rows: usize, width: usize) -> Result<()> {
-    launch!(gpu, &kernel("copy2d", e), blocks(rows * width), 256, 0, y.0, y.1, x.0, x.1, int(rows), int(width))
+    launch!(
+        gpu,
+        &kernel("copy2d", e),
+        blocks(rows * width),
+        256,
+        0,
+        y.0,
+        y.1,
+        x.0,
+        x.1,
+        int(rows),
+        int(width)
+    )
 }
 
 /// y (+)= x·mask: the CPU's mask of the same key, dropping with probability p. Any width.
@@ -152,18 +390,64 @@ pub fn copy2d(gpu: &Arc<Gpu>, e: Element, y: Mat, x: Mat, rows: usize, width: us
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn dropout(gpu: &Arc<Gpu>, e: Element, y: Mat, x: Mat, rows: usize, width: usize, key: u64, p: f64, add: bool) -> Result<()> {
+pub fn dropout(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    y: Mat,
+    x: Mat,
+    rows: usize,
+    width: usize,
+    key: u64,
+    p: f64,
+    add: bool,
+) -> Result<()> {
     let threshold = ((p * 2f64.powi(32)) as u64).min(u64::from(u32::MAX)) as u32;
     let keep = (1.0 / (1.0 - p)) as f32;
-    launch!(gpu, &kernel("dropout", e), blocks(rows * width), 256, 0, y.0, y.1, x.0, x.1, int(rows), int(width), key, threshold, keep, i32::from(add))
+    launch!(
+        gpu,
+        &kernel("dropout", e),
+        blocks(rows * width),
+        256,
+        0,
+        y.0,
+        y.1,
+        x.0,
+        x.1,
+        int(rows),
+        int(width),
+        key,
+        threshold,
+        keep,
+        i32::from(add)
+    )
 }
 
 /// Values uniform in ±bound, a function of the key and the place. Any width.
 ///
 /// # Errors
 /// When the device failed.
-pub fn fill_uniform(gpu: &Arc<Gpu>, e: Element, y: Mat, rows: usize, width: usize, key: u64, bound: f32) -> Result<()> {
-    launch!(gpu, &kernel("fill_uniform", e), blocks(rows * width), 256, 0, y.0, y.1, int(rows), int(width), key, bound)
+pub fn fill_uniform(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    y: Mat,
+    rows: usize,
+    width: usize,
+    key: u64,
+    bound: f32,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("fill_uniform", e),
+        blocks(rows * width),
+        256,
+        0,
+        y.0,
+        y.1,
+        int(rows),
+        int(width),
+        key,
+        bound
+    )
 }
 
 /// nll of each row of logits; with a scale the logits become scale·(softmax − onehot). A row with a
@@ -172,8 +456,30 @@ pub fn fill_uniform(gpu: &Arc<Gpu>, e: Element, y: Mat, rows: usize, width: usiz
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn cross_entropy(gpu: &Arc<Gpu>, e: Element, logits: Mat, nll: DevicePtr, targets: DevicePtr, rows: usize, vocab: usize, scale: Option<f32>) -> Result<()> {
-    launch!(gpu, &kernel("cross_entropy", e), (rows as u32, 1), 512, 0, logits.0, logits.1, nll, targets, int(vocab), i32::from(scale.is_some()), scale.unwrap_or(0.0))
+pub fn cross_entropy(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    logits: Mat,
+    nll: DevicePtr,
+    targets: DevicePtr,
+    rows: usize,
+    vocab: usize,
+    scale: Option<f32>,
+) -> Result<()> {
+    launch!(
+        gpu,
+        &kernel("cross_entropy", e),
+        (rows as u32, 1),
+        512,
+        0,
+        logits.0,
+        logits.1,
+        nll,
+        targets,
+        int(vocab),
+        i32::from(scale.is_some()),
+        scale.unwrap_or(0.0)
+    )
 }
 
 /// Shape and inputs of an attention over N tokens in documents laid end to end. `q`, `k` and `v`
@@ -226,12 +532,34 @@ impl Attention {
 ///
 /// # Errors
 /// When the device failed.
-pub fn attention_fwd(gpu: &Arc<Gpu>, e: Element, o: Mat, lse: DevicePtr, a: &Attention) -> Result<()> {
+pub fn attention_fwd(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    o: Mat,
+    lse: DevicePtr,
+    a: &Attention,
+) -> Result<()> {
     if a.fast(e) {
-        let (name, shape, tiles) = (format!("flash_fwd_{}", a.dim), gpu.flash(a.dim, 0), a.tiles[0]);
+        let (name, shape, tiles) =
+            (format!("flash_fwd_{}", a.dim), gpu.flash(a.dim, 0), a.tiles[0]);
         return launch!(
-            gpu, &name, (tiles.1 as u32, a.heads as u32), shape.threads, shape.shared, o.0, o.1, lse,
-            a.q, a.k, a.v, a.ld, tiles.0, int(a.tokens), a.group(), a.scale(), int(a.window)
+            gpu,
+            &name,
+            (tiles.1 as u32, a.heads as u32),
+            shape.threads,
+            shape.shared,
+            o.0,
+            o.1,
+            lse,
+            a.q,
+            a.k,
+            a.v,
+            a.ld,
+            tiles.0,
+            int(a.tokens),
+            a.group(),
+            a.scale(),
+            int(a.window)
         );
     }
     attention_cached(gpu, e, o, lse, a, a.ld, 0)
@@ -242,11 +570,38 @@ pub fn attention_fwd(gpu: &Arc<Gpu>, e: Element, o: Mat, lse: DevicePtr, a: &Att
 ///
 /// # Errors
 /// When the device failed.
-pub fn attention_cached(gpu: &Arc<Gpu>, e: Element, o: Mat, lse: DevicePtr, a: &Attention, ld_q: usize, shift: usize) -> Result<()> {
+pub fn attention_cached(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    o: Mat,
+    lse: DevicePtr,
+    a: &Attention,
+    ld_q: usize,
+    shift: usize,
+) -> Result<()> {
     let grid = (a.tokens.div_ceil(4) as u32, a.heads as u32);
     launch!(
-        gpu, &kernel("attn_fwd", e), grid, 128, 0, o.0, o.1, lse, a.q, ld_q, a.k, a.v, a.ld, a.first,
-        int(a.tokens), int(shift), int(a.heads), a.group(), int(a.dim), a.scale(), int(a.window)
+        gpu,
+        &kernel("attn_fwd", e),
+        grid,
+        128,
+        0,
+        o.0,
+        o.1,
+        lse,
+        a.q,
+        ld_q,
+        a.k,
+        a.v,
+        a.ld,
+        a.first,
+        int(a.tokens),
+        int(shift),
+        int(a.heads),
+        a.group(),
+        int(a.dim),
+        a.scale(),
+        int(a.window)
     )
 }
 
@@ -256,33 +611,128 @@ pub fn attention_cached(gpu: &Arc<Gpu>, e: Element, o: Mat, lse: DevicePtr, a: &
 /// # Errors
 /// When the device failed.
 #[allow(clippy::too_many_arguments)]
-pub fn attention_bwd(gpu: &Arc<Gpu>, e: Element, dq: Mat, dk: DevicePtr, dv: DevicePtr, d: Mat, o: Mat, lse: DevicePtr, delta: DevicePtr, a: &Attention) -> Result<()> {
+pub fn attention_bwd(
+    gpu: &Arc<Gpu>,
+    e: Element,
+    dq: Mat,
+    dk: DevicePtr,
+    dv: DevicePtr,
+    d: Mat,
+    o: Mat,
+    lse: DevicePtr,
+    delta: DevicePtr,
+    a: &Attention,
+) -> Result<()> {
     let by_warp = a.tokens.div_ceil(4) as u32;
     launch!(
-        gpu, &kernel("attn_delta", e), (by_warp, a.heads as u32), 128, 0, delta, d.0, d.1, o.0, o.1,
-        int(a.tokens), int(a.dim)
+        gpu,
+        &kernel("attn_delta", e),
+        (by_warp, a.heads as u32),
+        128,
+        0,
+        delta,
+        d.0,
+        d.1,
+        o.0,
+        o.1,
+        int(a.tokens),
+        int(a.dim)
     )?;
     if a.fast(e) {
         let (shape, tiles) = (gpu.flash(a.dim, 2), a.tiles[2]);
         launch!(
-            gpu, &format!("flash_dkv_{}", a.dim), (tiles.1 as u32, a.kv_heads as u32), shape.threads,
-            shape.shared, dk, dv, dq.1, d.0, d.1, a.q, a.k, a.v, a.ld, lse, delta, tiles.0,
-            int(a.tokens), a.group(), a.scale(), int(a.window)
+            gpu,
+            &format!("flash_dkv_{}", a.dim),
+            (tiles.1 as u32, a.kv_heads as u32),
+            shape.threads,
+            shape.shared,
+            dk,
+            dv,
+            dq.1,
+            d.0,
+            d.1,
+            a.q,
+            a.k,
+            a.v,
+            a.ld,
+            lse,
+            delta,
+            tiles.0,
+            int(a.tokens),
+            a.group(),
+            a.scale(),
+            int(a.window)
         )?;
         let (shape, tiles) = (gpu.flash(a.dim, 1), a.tiles[1]);
         return launch!(
-            gpu, &format!("flash_dq_{}", a.dim), (tiles.1 as u32, a.heads as u32), shape.threads,
-            shape.shared, dq.0, dq.1, d.0, d.1, a.q, a.k, a.v, a.ld, lse, delta, tiles.0,
-            int(a.tokens), a.group(), a.scale(), int(a.window)
+            gpu,
+            &format!("flash_dq_{}", a.dim),
+            (tiles.1 as u32, a.heads as u32),
+            shape.threads,
+            shape.shared,
+            dq.0,
+            dq.1,
+            d.0,
+            d.1,
+            a.q,
+            a.k,
+            a.v,
+            a.ld,
+            lse,
+            delta,
+            tiles.0,
+            int(a.tokens),
+            a.group(),
+            a.scale(),
+            int(a.window)
         );
     }
     launch!(
-        gpu, &kernel("attn_dq", e), (by_warp, a.heads as u32), 128, 0, dq.0, dq.1, d.0, d.1, a.q, a.k, a.v,
-        a.ld, lse, delta, a.first, int(a.tokens), a.group(), int(a.dim), a.scale(), int(a.window)
+        gpu,
+        &kernel("attn_dq", e),
+        (by_warp, a.heads as u32),
+        128,
+        0,
+        dq.0,
+        dq.1,
+        d.0,
+        d.1,
+        a.q,
+        a.k,
+        a.v,
+        a.ld,
+        lse,
+        delta,
+        a.first,
+        int(a.tokens),
+        a.group(),
+        int(a.dim),
+        a.scale(),
+        int(a.window)
     )?;
     launch!(
-        gpu, &kernel("attn_dkv", e), (by_warp, a.kv_heads as u32), 128, 0, dk, dv, dq.1, d.0, d.1, a.q, a.k,
-        a.v, a.ld, lse, delta, a.last, int(a.tokens), a.group(), int(a.dim), a.scale(), int(a.window)
+        gpu,
+        &kernel("attn_dkv", e),
+        (by_warp, a.kv_heads as u32),
+        128,
+        0,
+        dk,
+        dv,
+        dq.1,
+        d.0,
+        d.1,
+        a.q,
+        a.k,
+        a.v,
+        a.ld,
+        lse,
+        delta,
+        a.last,
+        int(a.tokens),
+        a.group(),
+        int(a.dim),
+        a.scale(),
+        int(a.window)
     )
 }
 
@@ -372,9 +822,25 @@ pub fn adamw(gpu: &Arc<Gpu>, e: Element, b: &AdamWBuffers, s: &AdamWStep) -> Res
     let root = (1.0 - s.beta2.powi(power)).sqrt() as f32;
     let correction = (1.0 - s.beta1.powi(power)) as f32;
     launch!(
-        gpu, &kernel("adamw", e), grid, 256, 0, b.params, b.means, b.squares, b.matrices, b.pieces, b.clip,
-        s.lr as f32, s.weight_decay as f32, (1.0 - s.beta1) as f32, s.beta2 as f32,
-        (1.0 - s.beta2) as f32, root, correction, s.eps as f32
+        gpu,
+        &kernel("adamw", e),
+        grid,
+        256,
+        0,
+        b.params,
+        b.means,
+        b.squares,
+        b.matrices,
+        b.pieces,
+        b.clip,
+        s.lr as f32,
+        s.weight_decay as f32,
+        (1.0 - s.beta1) as f32,
+        s.beta2 as f32,
+        (1.0 - s.beta2) as f32,
+        root,
+        correction,
+        s.eps as f32
     )
 }
 

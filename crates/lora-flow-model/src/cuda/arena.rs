@@ -58,7 +58,8 @@ pub(super) struct Arena {
     keeps: (usize, usize),
     /// A normalised input with its x·Aᵀ, [N, H + r].
     pub(super) n: Buffer<u8>,
-    /// The gated product with its x·Aᵀ, [N, F + r]; in the backward first its gradient.
+    /// The gated product with its x·Aᵀ, [N, F + r]; in the backward first its gradient, and later
+    /// the gradient of q, k and v with dy·s·B beside, [N, q + k + v + r].
     pub(super) h: Buffer<u8>,
     /// Logits of a chunk.
     logits: Option<Buffer<u8>>,
@@ -79,12 +80,8 @@ pub(super) struct Backward {
     pub(super) d: Buffer<u8>,
     /// Its row stride.
     pub(super) ld: usize,
-    /// Of a normalised input, [N, H].
+    /// Of a normalised input [N, H], and in between of the attention's output [N, q].
     pub(super) dn: Buffer<u8>,
-    /// Of the attention's output, [N, q].
-    pub(super) d_o: Buffer<u8>,
-    /// Of q, k and v, with dy·s·B beside: [N, q + k + v + r].
-    pub(super) dqkv: Buffer<u8>,
     pub(super) delta: Buffer<f32>,
 }
 
@@ -124,7 +121,11 @@ impl Arena {
             *slot = Some(Self::new(decoder, grown, batch.longest)?);
         }
         let Some(arena) = slot else {
-            return Err(CudaError { message: "there are no buffers".into(), hint: None, out_of_memory: false });
+            return Err(CudaError {
+                message: "there are no buffers".into(),
+                hint: None,
+                out_of_memory: false,
+            });
         };
         if arena.rope_len < batch.longest {
             let len = batch.longest.next_power_of_two();
@@ -160,13 +161,11 @@ impl Arena {
             Some(_) => Some(Backward {
                 d: matrix(h + r2.max(r4))?,
                 ld: h + r2.max(r4),
-                dn: matrix(h)?,
-                d_o: matrix(q)?,
-                dqkv: matrix(q + 2 * kv + r1)?,
+                dn: matrix(h.max(q))?,
                 delta: gpu.alloc(n * config.num_attention_heads)?,
             }),
         };
-        let scratch = (matrix(h + r1.max(r3))?, matrix(f + r4)?);
+        let scratch = (matrix(h + r1.max(r3))?, matrix((f + r4).max(q + 2 * kv + r1))?);
         let kept = |own: usize| -> Result<Vec<Kept>, CudaError> {
             (0..=own)
                 .map(|_| {
@@ -219,7 +218,8 @@ impl Arena {
                 Some(limit) => room.min(limit.saturating_sub(used)),
                 None => room,
             };
-            let count = (room / scratch_bytes.max(1) as u64).min((layers - keeps.1) as u64) as usize;
+            let count =
+                (room / scratch_bytes.max(1) as u64).min((layers - keeps.1) as u64) as usize;
             keeps.1 = layers - count;
             for _ in 0..count {
                 gates.push(matrix(gate_up)?);

@@ -30,7 +30,11 @@ pub(super) struct DeviceBatch {
 }
 
 impl DeviceBatch {
-    pub(super) fn new(gpu: &Arc<Gpu>, config: &ModelConfig, batch: &Batch) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        gpu: &Arc<Gpu>,
+        config: &ModelConfig,
+        batch: &Batch,
+    ) -> Result<Self, CudaError> {
         let tokens = batch.len().next_multiple_of(ROUND);
         let mut docs = batch.doc_starts.clone();
         if tokens > batch.len() {
@@ -60,7 +64,9 @@ impl DeviceBatch {
                 (*start..*end).step_by(rows).map(move |row| [first, last, row as i32, 0])
             };
             let mut all: Vec<[i32; 4]> = spans.iter().flat_map(blocks).collect();
-            all.sort_by_key(|[first, last, row, _]| if pass < 2 { first - row } else { row - last });
+            all.sort_by_key(
+                |[first, last, row, _]| if pass < 2 { first - row } else { row - last },
+            );
             tiles[pass] = all.len();
             parts[4 + pass] = all.concat();
         }

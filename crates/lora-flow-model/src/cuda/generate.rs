@@ -52,7 +52,8 @@ impl Session<'_> {
             let arena = Arena::ready(&mut state.arena, decoder, &state.weights, &on, None)?;
             let run = Run::new(decoder, &state.weights, arena, &on, self.adapter.is_some(), None);
             let positions: Vec<i32> = (self.past..longest).map(|p| p as i32).collect();
-            let (positions, zeros) = (decoder.gpu.upload(&positions)?, decoder.gpu.zeros::<i32>(on.tokens)?);
+            let (positions, zeros) =
+                (decoder.gpu.upload(&positions)?, decoder.gpu.zeros::<i32>(on.tokens)?);
             let cached = Cached {
                 layers: &self.cache,
                 past: self.past,
@@ -62,7 +63,8 @@ impl Session<'_> {
             run.embed()?;
             for layer in 0..decoder.config.num_hidden_layers {
                 run.attend(layer, false, Some(&cached))?;
-                run.mlp(layer, false, true)?;
+                run.gate_up(layer, false)?;
+                run.down(layer, false)?;
             }
             run.last_logits(ids.len() - 1)
         };

@@ -14,9 +14,29 @@ impl Run<'_> {
         (self.arena.x(self.config.num_hidden_layers).ptr(), self.config.hidden_size)
     }
 
-    fn head_product(&self, (m, n, k): (usize, usize, usize), a: Mat, b: Mat, b_t: bool, c: Mat, output: Element) -> Result<()> {
+    fn head_product(
+        &self,
+        (m, n, k): (usize, usize, usize),
+        a: Mat,
+        b: Mat,
+        b_t: bool,
+        c: Mat,
+        output: Element,
+    ) -> Result<()> {
         self.gpu.product(&Product {
-            m, n, k, a, a_t: false, b, b_t, c, add: c, alpha: 1.0, beta: 0.0, input: self.e, output,
+            m,
+            n,
+            k,
+            a,
+            a_t: false,
+            b,
+            b_t,
+            c,
+            add: c,
+            alpha: 1.0,
+            beta: 0.0,
+            input: self.e,
+            output,
         })
     }
 
@@ -86,9 +106,27 @@ impl Run<'_> {
         for from in (0..rows).step_by(chunk.max(1)) {
             let count = chunk.min(rows - from);
             let x = (x.0 + ((first + from) * h * self.e.size()) as u64, h);
-            ops::rms_fwd(self.gpu, self.e, top, self.arena.top_rstd.ptr(), x, norm, 0, count, h, eps)?;
+            ops::rms_fwd(
+                self.gpu,
+                self.e,
+                top,
+                self.arena.top_rstd.ptr(),
+                x,
+                norm,
+                0,
+                count,
+                h,
+                eps,
+            )?;
             let to = (logits.ptr(), vocab);
-            self.head_product((count, vocab, h), top, (self.weights.head(), h), true, to, Element::F32)?;
+            self.head_product(
+                (count, vocab, h),
+                top,
+                (self.weights.head(), h),
+                true,
+                to,
+                Element::F32,
+            )?;
             self.gpu.read(logits.ptr(), &mut all[from * vocab..(from + count) * vocab])?;
         }
         Ok(all)

@@ -85,13 +85,18 @@ fn check(config: &ModelConfig) -> Result<()> {
         ("num_key_value_heads × head_dim", kv),
     ] {
         if !width.is_multiple_of(8) {
-            return Err(Error::new(format!("`{name}` is {width}: on a GPU it must be a multiple of 8"))
-                .with_hint("use `--device cpu` for this model"));
+            return Err(Error::new(format!(
+                "`{name}` is {width}: on a GPU it must be a multiple of 8"
+            ))
+            .with_hint("use `--device cpu` for this model"));
         }
     }
     if config.head_dim > 256 {
-        return Err(Error::new(format!("`head_dim` is {}, a GPU takes up to 256", config.head_dim))
-            .with_hint("use `--device cpu` for this model"));
+        return Err(Error::new(format!(
+            "`head_dim` is {}, a GPU takes up to 256",
+            config.head_dim
+        ))
+        .with_hint("use `--device cpu` for this model"));
     }
     Ok(())
 }
@@ -126,7 +131,8 @@ impl CudaDecoder {
     }
 
     fn new(gpu: Arc<Gpu>, config: ModelConfig, element: Element, weights: Weights) -> Self {
-        let limit = std::env::var("LORA_FLOW_CUDA_MEMORY_GIB").ok().and_then(|v| v.parse::<f64>().ok());
+        let limit =
+            std::env::var("LORA_FLOW_CUDA_MEMORY_GIB").ok().and_then(|v| v.parse::<f64>().ok());
         let limit = limit.map(|gib| (gib * (1u64 << 30) as f64) as u64);
         Self { gpu, config, element, limit, state: Mutex::new(State { weights, arena: None }) }
     }
@@ -187,10 +193,11 @@ impl CudaDecoder {
         let run = |state: &mut State| {
             let batch_on = DeviceBatch::new(&self.gpu, &self.config, batch)?;
             let arena = Arena::ready(&mut state.arena, self, &state.weights, &batch_on, None)?;
-            let run = pass::Run::new(self, &state.weights, arena, &batch_on, adapter.is_some(), None);
+            let run =
+                pass::Run::new(self, &state.weights, arena, &batch_on, adapter.is_some(), None);
             run.embed()?;
             for layer in 0..self.config.num_hidden_layers {
-                run.layer_forward(layer, false, true)?;
+                run.layer_forward(layer, false)?;
             }
             top(&run, batch.len())
         };
@@ -215,20 +222,27 @@ impl CudaDecoder {
         let mut state = self.lock();
         let state = &mut *state;
         training.check(&state.weights)?;
-        let lowest = state.weights.lowest().ok_or_else(|| Error::new("the adapter has no modules"))?;
+        let lowest =
+            state.weights.lowest().ok_or_else(|| Error::new("the adapter has no modules"))?;
         let mut run = || {
             let batch_on = DeviceBatch::new(&self.gpu, &self.config, batch)?;
             let wanted = arena::Wanted { checkpoint: options.checkpoint, lowest };
-            let arena = Arena::ready(&mut state.arena, self, &state.weights, &batch_on, Some(wanted))?;
+            let arena =
+                Arena::ready(&mut state.arena, self, &state.weights, &batch_on, Some(wanted))?;
             let dropout = training.dropout(options.dropout, batch_on.tokens)?;
             let run = pass::Run::new(self, &state.weights, arena, &batch_on, true, dropout);
             run.embed()?;
             for layer in 0..self.config.num_hidden_layers {
-                run.layer_forward(layer, layer >= lowest, true)?;
+                run.layer_forward(layer, layer >= lowest)?;
             }
             run.start_loss(options.grad_scale)?;
             for layer in (lowest..self.config.num_hidden_layers).rev() {
-                run.layer_backward(layer, layer > lowest, training.grads(layer), training.accumulate())?;
+                run.layer_backward(
+                    layer,
+                    layer > lowest,
+                    training.grads(layer),
+                    training.accumulate(),
+                )?;
             }
             training.added();
             run.read_loss()

@@ -81,7 +81,15 @@ impl<'a> Run<'a> {
     }
 
     /// c (+)= a·bᵀ or a·b in the compute dtype.
-    fn product(&self, (m, n, k): (usize, usize, usize), a: Mat, b: Mat, b_t: bool, c: Mat, add: Option<Mat>) -> Result<()> {
+    fn product(
+        &self,
+        (m, n, k): (usize, usize, usize),
+        a: Mat,
+        b: Mat,
+        b_t: bool,
+        c: Mat,
+        add: Option<Mat>,
+    ) -> Result<()> {
         self.gpu.product(&Product {
             m,
             n,
@@ -123,7 +131,17 @@ impl<'a> Run<'a> {
             for place in &group.places {
                 let dropped = (dropout.scratch.ptr(), group.input);
                 let key = (dropout.key)(place.at);
-                ops::dropout(self.gpu, self.e, dropped, x, self.n, group.input, key, dropout.p, false)?;
+                ops::dropout(
+                    self.gpu,
+                    self.e,
+                    dropped,
+                    x,
+                    self.n,
+                    group.input,
+                    key,
+                    dropout.p,
+                    false,
+                )?;
                 let a = (group.at(group.output + place.column, 0), group.ld());
                 let to = self.shift(low, place.column);
                 self.product((self.n, place.rank, group.input), dropped, a, true, to, None)?;
@@ -178,7 +196,14 @@ impl<'a> Run<'a> {
     }
 
     /// q, k and v of n₁, normalised and rotated.
-    fn qkv(&self, w: &LayerWeights, kept: &Kept, n1: Mat, qkv: Mat, positions: DevicePtr) -> Result<()> {
+    fn qkv(
+        &self,
+        w: &LayerWeights,
+        kept: &Kept,
+        n1: Mat,
+        qkv: Mat,
+        positions: DevicePtr,
+    ) -> Result<()> {
         self.project(&w.groups[QKV], n1, qkv, None)?;
         let (heads, kv_heads, dim) = self.heads();
         if let (Some([q_norm, k_norm]), Some((before, q_rstd, k_rstd))) = (&w.qk_norm, &kept.qk) {
@@ -186,7 +211,18 @@ impl<'a> Run<'a> {
             ops::copy2d(self.gpu, self.e, before, qkv, self.n, self.q + self.kv)?;
             let norm = |at: usize, rstd: &Buffer<f32>, w: &Buffer<f32>, heads: usize| {
                 let (y, x) = (self.shift(qkv, at), self.shift(before, at));
-                ops::head_norm(self.gpu, self.e, y, rstd.ptr(), x, w.ptr(), self.n, heads, dim, self.eps())
+                ops::head_norm(
+                    self.gpu,
+                    self.e,
+                    y,
+                    rstd.ptr(),
+                    x,
+                    w.ptr(),
+                    self.n,
+                    heads,
+                    dim,
+                    self.eps(),
+                )
             };
             norm(0, q_rstd, q_norm, heads)?;
             norm(self.q, k_rstd, k_norm, kv_heads)?;
@@ -200,11 +236,11 @@ impl<'a> Run<'a> {
         (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
     }
 
-    /// One layer from x(layer) to x(layer + 1). `keep` also leaves x·Aᵀ for the backward; without
-    /// `output` it stops before the last projection.
-    pub(super) fn layer_forward(&self, layer: usize, keep: bool, output: bool) -> Result<()> {
+    /// One layer from x(layer) to x(layer + 1). `keep` also leaves x·Aᵀ for the backward.
+    pub(super) fn layer_forward(&self, layer: usize, keep: bool) -> Result<()> {
         self.attend(layer, keep, None)?;
-        self.mlp(layer, keep, output)
+        self.gate_up(layer, keep)?;
+        self.down(layer, keep)
     }
 
     /// The first half of a layer, to x₂. With `cache`, keys and values go there and attention is
@@ -215,7 +251,18 @@ impl<'a> Run<'a> {
         let h = self.config.hidden_size;
         let x = (self.arena.x(layer).ptr(), h);
         let low = |i: usize| keep.then_some(&kept.low[i]);
-        ops::rms_fwd(self.gpu, self.e, at.n1, kept.rstd1.ptr(), x, w.input_norm.ptr(), 0, self.n, h, self.eps())?;
+        ops::rms_fwd(
+            self.gpu,
+            self.e,
+            at.n1,
+            kept.rstd1.ptr(),
+            x,
+            w.input_norm.ptr(),
+            0,
+            self.n,
+            h,
+            self.eps(),
+        )?;
         self.low_rank_in(&w.groups[QKV], at.n1, low(0))?;
         let attention = self.attention(at.qkv);
         match cache {
@@ -232,20 +279,34 @@ impl<'a> Run<'a> {
         self.project(&w.groups[O], at.o, at.x2, Some(x))
     }
 
-    /// The second half of a layer.
-    pub(super) fn mlp(&self, layer: usize, keep: bool, output: bool) -> Result<()> {
+    /// Gate and up of the second half.
+    pub(super) fn gate_up(&self, layer: usize, keep: bool) -> Result<()> {
+        let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
+        let (at, h) = (self.places(w, kept, layer), self.config.hidden_size);
+        let low = keep.then_some(&kept.low[1]);
+        ops::rms_fwd(
+            self.gpu,
+            self.e,
+            at.n2,
+            kept.rstd2.ptr(),
+            at.x2,
+            w.mlp_norm.ptr(),
+            0,
+            self.n,
+            h,
+            self.eps(),
+        )?;
+        self.low_rank_in(&w.groups[GATE_UP], at.n2, low)?;
+        self.project(&w.groups[GATE_UP], at.n2, at.gu, None)
+    }
+
+    /// The rest of the layer, from gate and up.
+    pub(super) fn down(&self, layer: usize, keep: bool) -> Result<()> {
         let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
         let at = self.places(w, kept, layer);
         let (h, f) = (self.config.hidden_size, self.config.intermediate_size);
-        let low = |i: usize| keep.then_some(&kept.low[i]);
-        ops::rms_fwd(self.gpu, self.e, at.n2, kept.rstd2.ptr(), at.x2, w.mlp_norm.ptr(), 0, self.n, h, self.eps())?;
-        self.low_rank_in(&w.groups[GATE_UP], at.n2, low(1))?;
-        self.project(&w.groups[GATE_UP], at.n2, at.gu, None)?;
         ops::gated_fwd(self.gpu, self.e, at.h, at.gu, self.n, f, self.act())?;
-        self.low_rank_in(&w.groups[DOWN], at.h, low(2))?;
-        if !output {
-            return Ok(());
-        }
+        self.low_rank_in(&w.groups[DOWN], at.h, keep.then_some(&kept.low[2]))?;
         let y = (self.arena.x(layer + 1).ptr(), h);
         self.project(&w.groups[DOWN], at.h, y, Some(at.x2))
     }
@@ -278,7 +339,15 @@ impl<'a> Run<'a> {
     }
 
     /// Gradients of a group's A and B: (dy·s·B)ᵀ·x and dyᵀ·(x·Aᵀ).
-    fn gradients(&self, group: &Group, grads: &GroupGrads, dy: Mat, x: Mat, low: Mat, add: bool) -> Result<()> {
+    fn gradients(
+        &self,
+        group: &Group,
+        grads: &GroupGrads,
+        dy: Mat,
+        x: Mat,
+        low: Mat,
+        add: bool,
+    ) -> Result<()> {
         if group.r == 0 {
             return Ok(());
         }
@@ -317,22 +386,32 @@ impl<'a> Run<'a> {
 
     /// Backward of one layer: the gradients of its modules (added to those there if `add`), and
     /// with `need_dx` the gradient of its input in place of that of its output.
-    pub(super) fn layer_backward(&self, layer: usize, need_dx: bool, grads: &[GroupGrads; 4], add: bool) -> Result<()> {
+    pub(super) fn layer_backward(
+        &self,
+        layer: usize,
+        need_dx: bool,
+        grads: &[GroupGrads; 4],
+        add: bool,
+    ) -> Result<()> {
         let Some(backward) = &self.arena.backward else { return Ok(()) };
-        if !self.arena.keeps(layer) {
-            self.layer_forward(layer, true, false)?;
+        let again = !self.arena.keeps(layer);
+        if again {
+            self.attend(layer, true, None)?;
+            self.gate_up(layer, true)?;
         }
         let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
         let at = self.places(w, kept, layer);
-        let Backward { d, ld, dn, d_o, dqkv, delta, .. } = backward;
+        let Backward { d, ld, dn, delta } = backward;
         let (gpu, e, n) = (self.gpu, self.e, self.n);
         let (h, f) = (self.config.hidden_size, self.config.intermediate_size);
-        let (d, dn, d_o) = ((d.ptr(), *ld), (dn.ptr(), h), (d_o.ptr(), self.q));
+        let (d, dn, d_o) = ((d.ptr(), *ld), (dn.ptr(), h), (dn.ptr(), self.q));
         let low = |i: usize, g: usize| (kept.low[i].ptr(), w.groups[g].r);
 
         // MLP
-        ops::rms_again(gpu, e, at.n2, kept.rstd2.ptr(), at.x2, w.mlp_norm.ptr(), n, h)?;
-        if self.arena.keeps(layer) && !self.arena.keeps_gate_up(layer) {
+        if !again {
+            ops::rms_again(gpu, e, at.n2, kept.rstd2.ptr(), at.x2, w.mlp_norm.ptr(), n, h)?;
+        }
+        if !again && !self.arena.keeps_gate_up(layer) {
             let group = &w.groups[GATE_UP];
             if group.r > 0 {
                 ops::copy2d(gpu, e, self.shift(at.n2, h), low(1, GATE_UP), n, group.r)?;
@@ -342,6 +421,9 @@ impl<'a> Run<'a> {
         self.low_rank_out(&w.groups[DOWN], d)?;
         self.back(&w.groups[DOWN], d, at.h)?;
         ops::gated_bwd(gpu, e, at.h, at.gu, n, f, self.act())?;
+        if again {
+            self.low_rank_in(&w.groups[DOWN], at.h, Some(&kept.low[2]))?;
+        }
         self.gradients(&w.groups[DOWN], &grads[DOWN], d, at.h, low(2, DOWN), add)?;
         self.low_rank_out(&w.groups[GATE_UP], at.gu)?;
         self.back(&w.groups[GATE_UP], at.gu, dn)?;
@@ -357,10 +439,21 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         let (heads, kv_heads, dim) = self.heads();
-        let dqkv = (dqkv.ptr(), self.q + 2 * self.kv + group.r);
+        let dqkv = (self.arena.h.ptr(), self.q + 2 * self.kv + group.r);
         let (dk, dv) = (self.shift(dqkv, self.q), self.shift(dqkv, self.q + self.kv));
         let attention = self.attention(at.qkv);
-        ops::attention_bwd(gpu, e, dqkv, dk.0, dv.0, d_o, at.o, kept.lse.ptr(), delta.ptr(), &attention)?;
+        ops::attention_bwd(
+            gpu,
+            e,
+            dqkv,
+            dk.0,
+            dv.0,
+            d_o,
+            at.o,
+            kept.lse.ptr(),
+            delta.ptr(),
+            &attention,
+        )?;
         let (table, positions) = (self.arena.rope.ptr(), self.batch.positions());
         ops::rope(gpu, e, dqkv, table, positions, n, heads + kv_heads, dim, true)?;
         if let (Some([q_norm, k_norm]), Some((before, q_rstd, k_rstd))) = (&w.qk_norm, &kept.qk) {
@@ -407,7 +500,14 @@ pub(super) struct Cached<'a> {
 }
 
 impl Cached<'_> {
-    fn attend(&self, run: &Run<'_>, layer: usize, qkv: Mat, o: Mat, attention: &Attention) -> Result<()> {
+    fn attend(
+        &self,
+        run: &Run<'_>,
+        layer: usize,
+        qkv: Mat,
+        o: Mat,
+        attention: &Attention,
+    ) -> Result<()> {
         let width = 2 * run.kv;
         let cache = (self.layers[layer].ptr(), width);
         let to = (cache.0 + (self.past * width * run.e.size()) as u64, width);

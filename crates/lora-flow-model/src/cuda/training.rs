@@ -73,7 +73,8 @@ impl CudaDecoder {
                     })
                     .collect::<std::result::Result<_, CudaError>>()
                     .map_err(report)?;
-                <[GroupGrads; 4]>::try_from(groups).map_err(|_| Error::new("a layer has four groups"))
+                <[GroupGrads; 4]>::try_from(groups)
+                    .map_err(|_| Error::new("a layer has four groups"))
             })
             .collect::<Result<_>>()?;
         let table = Table::new(&self.gpu, weights, lora, Some((&grads, b_ratio)))?;
@@ -103,7 +104,8 @@ impl CudaDecoder {
 
 impl Training {
     fn place(&self) -> Result<()> {
-        ops::place(&self.gpu, self.element, &self.table.buffers(self.params.ptr(), 0, 0)).map_err(report)
+        ops::place(&self.gpu, self.element, &self.table.buffers(self.params.ptr(), 0, 0))
+            .map_err(report)
     }
 
     /// Checks that the matrices still have this adapter's places.
@@ -182,7 +184,8 @@ impl Training {
     /// # Errors
     /// When it is another adapter's, or the device failed.
     pub fn restore(&mut self, state: &TrainState) -> Result<()> {
-        for (to, from) in [(&self.params, &state.params), (&self.m, &state.m), (&self.v, &state.v)] {
+        for (to, from) in [(&self.params, &state.params), (&self.m, &state.m), (&self.v, &state.v)]
+        {
             if from.iter().map(Vec::len).ne(self.lengths.iter().copied()) {
                 return Err(Error::new("the checkpoint belongs to another adapter"));
             }

@@ -119,12 +119,14 @@ type Read<'a> = dyn FnMut(&str, &[usize]) -> Result<Tensor> + 'a;
 fn bytes(tensor: &Tensor, element: Element) -> Result<Vec<u8>> {
     let flat = tensor.flatten_all().context("cannot read a weight")?;
     let values = match element {
-        Element::F32 => flat.to_dtype(DType::F32).and_then(|t| t.to_vec1::<f32>()).map(|v| {
-            v.iter().flat_map(|x| x.to_le_bytes()).collect()
-        }),
-        Element::Bf16 => flat.to_dtype(DType::BF16).and_then(|t| t.to_vec1::<half::bf16>()).map(|v| {
-            v.iter().flat_map(|x| x.to_le_bytes()).collect()
-        }),
+        Element::F32 => flat
+            .to_dtype(DType::F32)
+            .and_then(|t| t.to_vec1::<f32>())
+            .map(|v| v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        Element::Bf16 => flat
+            .to_dtype(DType::BF16)
+            .and_then(|t| t.to_vec1::<half::bf16>())
+            .map(|v| v.iter().flat_map(|x| x.to_le_bytes()).collect()),
     };
     values.context("cannot read a weight")
 }
@@ -141,11 +143,20 @@ enum From<'a, 'b> {
 }
 
 impl Weights {
-    pub(super) fn load(gpu: &Arc<Gpu>, config: &ModelConfig, e: Element, read: &mut Read<'_>) -> Result<Self> {
+    pub(super) fn load(
+        gpu: &Arc<Gpu>,
+        config: &ModelConfig,
+        e: Element,
+        read: &mut Read<'_>,
+    ) -> Result<Self> {
         Self::build(gpu, config, e, &mut From::Files(read))
     }
 
-    pub(super) fn random(gpu: &Arc<Gpu>, config: &ModelConfig, e: Element) -> std::result::Result<Self, CudaError> {
+    pub(super) fn random(
+        gpu: &Arc<Gpu>,
+        config: &ModelConfig,
+        e: Element,
+    ) -> std::result::Result<Self, CudaError> {
         Self::build(gpu, config, e, &mut From::Random(1)).map_err(|e| CudaError {
             message: e.to_string(),
             hint: e.hint().map(str::to_owned),
@@ -153,8 +164,14 @@ impl Weights {
         })
     }
 
-    fn build(gpu: &Arc<Gpu>, config: &ModelConfig, e: Element, from: &mut From<'_, '_>) -> Result<Self> {
-        let names: std::collections::HashSet<String> = config.tensors().into_iter().map(|(n, _)| n).collect();
+    fn build(
+        gpu: &Arc<Gpu>,
+        config: &ModelConfig,
+        e: Element,
+        from: &mut From<'_, '_>,
+    ) -> Result<Self> {
+        let names: std::collections::HashSet<String> =
+            config.tensors().into_iter().map(|(n, _)| n).collect();
         let mut matrix = |to: Mat, name: &str, rows: usize, cols: usize| -> Result<()> {
             match from {
                 From::Files(read) => {
@@ -190,12 +207,28 @@ impl Weights {
                 for p in members {
                     let module = &modules[*p as usize];
                     let to = weight.ptr() + (row * input * e.size()) as u64;
-                    matrix((to, input), &format!("{}.weight", module.path), module.out_features, input)?;
+                    matrix(
+                        (to, input),
+                        &format!("{}.weight", module.path),
+                        module.out_features,
+                        input,
+                    )?;
                     row += module.out_features;
                 }
-                groups.push(Group { weight, input, output, r: 0, bias: None, places: Vec::new(), size: e.size() });
+                groups.push(Group {
+                    weight,
+                    input,
+                    output,
+                    r: 0,
+                    bias: None,
+                    places: Vec::new(),
+                    size: e.size(),
+                });
             }
-            all_groups.push(<[Group; 4]>::try_from(groups).map_err(|_| Error::new("a layer has four groups"))?);
+            all_groups.push(
+                <[Group; 4]>::try_from(groups)
+                    .map_err(|_| Error::new("a layer has four groups"))?,
+            );
         }
         let mut small = |name: &str, len: usize| -> Result<Buffer<f32>> {
             match from {
@@ -257,7 +290,13 @@ impl Weights {
     }
 
     /// Puts an adapter's values into the matrices, unless they stand there already.
-    pub(super) fn attach(&mut self, gpu: &Arc<Gpu>, config: &ModelConfig, e: Element, lora: &Lora) -> Result<()> {
+    pub(super) fn attach(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        config: &ModelConfig,
+        e: Element,
+        lora: &Lora,
+    ) -> Result<()> {
         let ids: Vec<TensorId> = lora.modules.iter().flat_map(|m| [m.a.id(), m.b.id()]).collect();
         if !ids.is_empty() && ids == self.attached {
             return Ok(());
@@ -278,7 +317,13 @@ impl Weights {
     }
 
     /// Gives each module its place, moving the matrices whose r changes.
-    pub(super) fn make_room(&mut self, gpu: &Arc<Gpu>, config: &ModelConfig, e: Element, lora: &Lora) -> Result<()> {
+    pub(super) fn make_room(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        config: &ModelConfig,
+        e: Element,
+        lora: &Lora,
+    ) -> Result<()> {
         // Checks names and shapes as on the CPU.
         crate::adapter::AdapterMap::new(config, Some(lora), None)?;
         let infos = config.linear_modules();
@@ -423,7 +468,12 @@ impl Table {
         build().map_err(report)
     }
 
-    pub(super) fn buffers(&self, params: DevicePtr, means: DevicePtr, squares: DevicePtr) -> AdamWBuffers {
+    pub(super) fn buffers(
+        &self,
+        params: DevicePtr,
+        means: DevicePtr,
+        squares: DevicePtr,
+    ) -> AdamWBuffers {
         AdamWBuffers {
             params,
             means,

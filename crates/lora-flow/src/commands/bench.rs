@@ -33,7 +33,9 @@ pub fn bench(command: &BenchCommand) -> Result<i32, Failure> {
     }
     let Some(model) = args.model.as_ref().filter(|_| args.device == DeviceSpec::Cpu) else {
         let error = Error::new("`--shape` makes its weights on a GPU");
-        return Err(Failure::Usage(error.with_hint("use `--model` on the CPU, or `--device cuda`")));
+        return Err(Failure::Usage(
+            error.with_hint("use `--model` on the CPU, or `--device cuda`"),
+        ));
     };
     let device = Device::Cpu;
     let decoder = Decoder::open(&open_dir(ArtifactKind::Model, model)?, &place, DType::F32)?;

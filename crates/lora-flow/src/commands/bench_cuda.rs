@@ -46,10 +46,13 @@ pub(super) fn bench(command: &BenchCommand, gpu: &Arc<Gpu>) -> Result<i32, Failu
                 done += 1;
                 learner.clear();
                 let loss = learner.pass(batch, &lora, &options)?;
-                let norm = learner.step(&mut lora, train.max_grad_norm, train.learning_rate, done)?;
+                let norm =
+                    learner.step(&mut lora, train.max_grad_norm, train.learning_rate, done)?;
                 let mean = loss.nll_sum() / loss.count() as f64;
                 if !(mean.is_finite() && norm.is_finite()) {
-                    return Err(Error::new(format!("step {done}: the loss or gradient is not finite")));
+                    return Err(Error::new(format!(
+                        "step {done}: the loss or gradient is not finite"
+                    )));
                 }
                 Ok(mean)
             })
@@ -111,27 +114,43 @@ pub(super) fn bench(command: &BenchCommand, gpu: &Arc<Gpu>) -> Result<i32, Failu
         return Ok(0);
     }
     println!("gpu                  {:>12}", gpu.info().name);
-    println!("ms/step              {:>12.2}  (median of {}; {launches} launches)", seconds * 1e3, args.steps);
+    println!(
+        "ms/step              {:>12.2}  (median of {}; {launches} launches)",
+        seconds * 1e3,
+        args.steps
+    );
     println!("tokens/s             {:>12.0}", batch.len() as f64 / seconds);
     println!("peak GPU memory      {:>12}", table::bytes(peak));
-    println!("model arithmetic     {:>12.1}  TFLOP/s, {:.1} % of a plain product's {:.0}", rate * 1e-12, share * 100.0, ceiling * 1e-12);
+    println!(
+        "model arithmetic     {:>12.1}  TFLOP/s, {:.1} % of a plain product's {:.0}",
+        rate * 1e-12,
+        share * 100.0,
+        ceiling * 1e-12
+    );
     println!("loss                 {loss:>12.4}");
     println!("first step after     {first:>12.2}  s, weights after {loaded:.2} s");
     let all: f64 = profile.iter().map(|p| p.2).sum();
     println!("one step by kernel, {all:.2} ms on the device:");
     for (name, launches, ms) in profile.iter().take(28) {
-        println!("  {name:<28} {launches:>5} × {:>8.1} µs {:>8.2} ms {:>6.1} %", ms * 1e3 / *launches as f64, ms, ms / all * 100.0);
+        println!(
+            "  {name:<28} {launches:>5} × {:>8.1} µs {:>8.2} ms {:>6.1} %",
+            ms * 1e3 / *launches as f64,
+            ms,
+            ms / all * 100.0
+        );
     }
     Ok(0)
 }
 
 fn decoder(args: &BenchArgs, gpu: &Arc<Gpu>) -> Result<Decoder, Failure> {
-    let dtype = args.dtype.as_deref().map(|d| if d == "float32" { DType::F32 } else { DType::BF16 });
+    let dtype =
+        args.dtype.as_deref().map(|d| if d == "float32" { DType::F32 } else { DType::BF16 });
     let limit = args.memory.map(|gib| (gib * (1u64 << 30) as f64) as u64);
     let mut decoder = match (&args.shape, &args.model) {
         (Some(shape), _) => {
             let config = shape_config(shape)?;
-            let inner = CudaDecoder::random(gpu.clone(), config.clone(), dtype.unwrap_or(DType::BF16))?;
+            let inner =
+                CudaDecoder::random(gpu.clone(), config.clone(), dtype.unwrap_or(DType::BF16))?;
             Decoder::on_gpu(config, inner)?
         }
         (None, Some(model)) => {
@@ -167,7 +186,8 @@ fn shape_config(name: &str) -> Result<ModelConfig> {
 /// what is computed again do not count.
 fn flops(config: &ModelConfig, (documents, tokens): (usize, usize), trains: bool) -> f64 {
     let (h, layers) = (config.hidden_size as f64, config.num_hidden_layers as f64);
-    let weights: usize = config.linear_modules().iter().map(|m| m.in_features * m.out_features).sum();
+    let weights: usize =
+        config.linear_modules().iter().map(|m| m.in_features * m.out_features).sum();
     let weights = weights as f64 + config.vocab_size as f64 * h;
     let (documents, tokens) = (documents as f64, tokens as f64);
     let q = (config.num_attention_heads * config.head_dim) as f64;
