@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::blas::Blas;
+use super::buffer::{Buffer, Event, Value};
 use super::driver::{self, Copy2d, DevicePtr, Driver, Handle, Missing};
 
 /// Oldest architecture that bf16 products and the kernels run on: Ampere.
@@ -57,7 +58,7 @@ impl From<Missing> for CudaError {
 type Result<T> = std::result::Result<T, CudaError>;
 
 /// An error of the driver by its number.
-fn check(driver: &Driver, code: c_int, doing: &str) -> Result<()> {
+pub(super) fn check(driver: &Driver, code: c_int, doing: &str) -> Result<()> {
     if code == 0 {
         return Ok(());
     }
@@ -156,16 +157,16 @@ pub struct Gpu {
     pub(crate) driver: &'static Driver,
     info: GpuInfo,
     device: c_int,
-    context: Handle,
+    pub(super) context: Handle,
     pub(crate) stream: Handle,
     modules: Vec<Handle>,
     functions: HashMap<String, Handle>,
     flash: [FlashShape; 6],
     pub(crate) blas: Mutex<Blas>,
-    used: AtomicU64,
+    pub(super) used: AtomicU64,
     peak: AtomicU64,
     /// What ran and the marks around it, while somebody asks.
-    profile: Mutex<Option<Vec<(String, Handle, Handle)>>>,
+    pub(super) profile: Mutex<Option<Vec<(String, Handle, Handle)>>>,
 }
 
 // Safety: handles of the driver may be used from any thread whose current context is set, which
@@ -383,61 +384,6 @@ impl Gpu {
         // Safety: valid pointers.
         check(self.driver, unsafe { (self.driver.memory_info)(&mut free, &mut total) }, "memory")?;
         Ok((free, total))
-    }
-
-    /// Starts to note how long each kernel and product takes.
-    pub fn start_profile(&self) {
-        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
-    }
-
-    /// What ran since [`Self::start_profile`]: name, launches and milliseconds, longest first. Waits.
-    ///
-    /// # Errors
-    /// When the device failed.
-    pub fn stop_profile(&self) -> Result<Vec<(String, usize, f64)>> {
-        self.wait()?;
-        let noted = self.profile.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let mut sums: HashMap<String, (usize, f64)> = HashMap::new();
-        for (name, start, end) in noted.unwrap_or_default() {
-            let mut ms = 0.0;
-            // Safety: both events are ours and were reached.
-            unsafe {
-                check(self.driver, (self.driver.event_elapsed)(&mut ms, start, end), "time")?;
-                (self.driver.event_destroy)(start);
-                (self.driver.event_destroy)(end);
-            }
-            let sum = sums.entry(name).or_default();
-            (sum.0, sum.1) = (sum.0 + 1, sum.1 + f64::from(ms));
-        }
-        let mut all: Vec<_> = sums.into_iter().map(|(name, (n, ms))| (name, n, ms)).collect();
-        all.sort_by(|a, b| b.2.total_cmp(&a.2));
-        Ok(all)
-    }
-
-    /// Queues work, with marks around it while a profile is taken.
-    pub(crate) fn noted(
-        &self,
-        name: impl FnOnce() -> String,
-        work: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        let mut profile = self.profile.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(notes) = &mut *profile else {
-            drop(profile);
-            return work();
-        };
-        let mark = || -> Result<Handle> {
-            let mut event = std::ptr::null_mut();
-            // Safety: valid pointers.
-            unsafe {
-                check(self.driver, (self.driver.event_create)(&mut event, 0), "mark")?;
-                check(self.driver, (self.driver.event_record)(event, self.stream), "mark")?;
-            }
-            Ok(event)
-        };
-        let start = mark()?;
-        work()?;
-        notes.push((name(), start, mark()?));
-        Ok(())
     }
 
     /// Makes the context current in the calling thread.
@@ -676,121 +622,6 @@ impl Drop for Gpu {
             }
             (self.driver.stream_destroy)(self.stream);
             (self.driver.context_release)(self.device);
-        }
-    }
-}
-
-/// A mark in the stream.
-pub struct Event {
-    gpu: Arc<Gpu>,
-    event: Handle,
-}
-
-// Safety: as for `Gpu`.
-unsafe impl Send for Event {}
-
-impl Event {
-    /// Milliseconds from `earlier` to this; both must have been reached.
-    ///
-    /// # Errors
-    /// When the device failed.
-    pub fn since(&self, earlier: &Self) -> Result<f32> {
-        let mut ms = 0.0;
-        self.gpu.enter()?;
-        // Safety: valid pointers and events.
-        let code = unsafe { (self.gpu.driver.event_elapsed)(&mut ms, earlier.event, self.event) };
-        check(self.gpu.driver, code, "time")?;
-        Ok(ms)
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // Safety: the event is ours.
-        unsafe { (self.gpu.driver.event_destroy)(self.event) };
-    }
-}
-
-/// Plain values that travel to and from a device.
-pub trait Value: Copy {}
-impl Value for u8 {}
-impl Value for i32 {}
-impl Value for u64 {}
-impl Value for f32 {}
-impl Value for f64 {}
-impl Value for half::bf16 {}
-
-/// Memory of a device, freed when dropped.
-pub struct Buffer<T> {
-    gpu: Arc<Gpu>,
-    at: DevicePtr,
-    len: usize,
-    bytes: usize,
-    of: PhantomData<fn() -> T>,
-}
-
-impl<T> std::fmt::Debug for Buffer<T> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Buffer({} bytes)", self.bytes)
-    }
-}
-
-impl<T: Value> Buffer<T> {
-    /// Address of the first value.
-    pub fn ptr(&self) -> DevicePtr {
-        self.at
-    }
-
-    /// Number of values.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The values. Waits.
-    ///
-    /// # Errors
-    /// When the device failed.
-    pub fn to_vec(&self) -> Result<Vec<T>>
-    where
-        T: Default,
-    {
-        let mut values = vec![T::default(); self.len];
-        self.gpu.read(self.at, &mut values)?;
-        Ok(values)
-    }
-
-    /// Copies the first values in. Waits.
-    ///
-    /// # Errors
-    /// When there are too many, or the device failed.
-    pub fn write(&self, values: &[T]) -> Result<()> {
-        if values.len() > self.len {
-            return Err(CudaError::new("a buffer on the GPU is too small", "this is a bug"));
-        }
-        self.gpu.write(self.at, values)
-    }
-
-    /// Sets all bytes to zero.
-    ///
-    /// # Errors
-    /// When the device failed.
-    pub fn clear(&self) -> Result<()> {
-        self.gpu.fill_bytes(self.at, 0, self.bytes)
-    }
-}
-
-impl<T> Drop for Buffer<T> {
-    fn drop(&mut self) {
-        self.gpu.used.fetch_sub(self.bytes as u64, Ordering::Relaxed);
-        // Safety: the memory is ours; freeing waits for work that uses it.
-        unsafe {
-            (self.gpu.driver.context_set)(self.gpu.context);
-            (self.gpu.driver.free)(self.at);
         }
     }
 }

@@ -4,14 +4,19 @@
 //! the usual architectures, with PTX behind it, inside the program. Work is queued on one stream of
 //! a [`Gpu`], and nothing waits but what says so. A device is a value: there is no current one.
 
+mod attention;
 mod blas;
+mod buffer;
 mod driver;
 mod gpu;
 pub mod ops;
+mod optimizer;
+mod profile;
 
 pub use blas::Product;
+pub use buffer::{Buffer, Event, Value};
 pub use driver::DevicePtr;
-pub use gpu::{Buffer, CudaError, Event, Gpu, GpuInfo, Value, gpus};
+pub use gpu::{CudaError, Gpu, GpuInfo, gpus};
 
 /// Dtype of a matrix on a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
