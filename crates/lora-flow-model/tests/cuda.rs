@@ -295,7 +295,7 @@ fn adapters_of_other_ranks_take_turns() {
 }
 
 #[test]
-fn ten_steps_follow_the_cpu_and_repeat_their_bits() {
+fn ten_steps_follow_the_cpu_and_resume_to_the_same_bits() {
     let Some(gpu) = gpu() else { return };
     for (config, dtype, limit) in [
         (config(), DType::F32, 1e-3),
@@ -326,26 +326,29 @@ fn ten_steps_follow_the_cpu_and_repeat_their_bits() {
             step,
             max_norm: 1.0,
         };
-        let on_gpu = || {
+        // The losses of ten steps, and what stands at the end; after `pause` steps all is taken to
+        // the host and another training goes on from there.
+        let on_gpu = |pause: u64| {
             let cuda = model.on(&gpu, dtype);
             let mut training = cuda.training(&start, 1.0).unwrap();
-            let losses: Vec<f64> = (1..=10)
-                .map(|step| {
-                    training.clear();
-                    let nll: f64 = batches
-                        .iter()
-                        .map(|b| cuda.loss_and_grad(b, &mut training, &options).unwrap().nll_sum())
-                        .sum();
-                    training.step(&factors(step)).unwrap();
-                    nll / supervised as f64
-                })
-                .collect();
+            let mut losses = Vec::new();
+            for step in 1..=10 {
+                training.clear();
+                let pass = |b| cuda.loss_and_grad(b, &mut training, &options).unwrap().nll_sum();
+                losses.push(batches.iter().map(pass).sum::<f64>() / supervised as f64);
+                training.step(&factors(step)).unwrap();
+                if step == pause {
+                    let state = training.state().unwrap();
+                    training = cuda.training(&start, 1.0).unwrap();
+                    training.restore(&state).unwrap();
+                }
+            }
             (losses, training.state().unwrap())
         };
-        let (losses, state) = on_gpu();
-        let (again, same) = on_gpu();
+        let (losses, state) = on_gpu(0);
+        let (again, same) = on_gpu(4);
         assert_eq!(losses, again);
-        assert!(state == same, "equal runs give equal bits");
+        assert!(state == same, "equal runs give equal bits, paused or not");
 
         let mut lora = start.clone();
         let mut params: Vec<Vec<f32>> = lora
