@@ -18,6 +18,8 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod elementwise;
 pub mod embedding;
 pub mod linear;

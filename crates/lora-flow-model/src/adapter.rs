@@ -92,6 +92,11 @@ fn mix(key: u64, counter: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// Key of the mask of one linear layer, by its index among all of the model.
+pub(crate) fn linear_key(DropoutKey(key): DropoutKey, at: usize) -> u64 {
+    mix(key, at as u64)
+}
+
 /// What is trained in one layer.
 #[derive(Debug, Default)]
 pub(crate) struct LayerAdapter<'a> {
@@ -167,8 +172,7 @@ impl<'a> AdapterMap<'a> {
             if slot.is_some() {
                 return Err(Error::new(format!("the adapter has `{}` twice", module.path)));
             }
-            let dropout =
-                dropout.map(|DropoutKey(key)| (lora.config.lora_dropout, mix(key, at as u64)));
+            let dropout = dropout.map(|key| (lora.config.lora_dropout, linear_key(key, at)));
             let low_rank = Some((index, module));
             *slot = Some(Slot { low_rank, dropout, ..Slot::default() });
         }

@@ -22,6 +22,7 @@ use crate::config::{HiddenAct, ModelConfig, ModuleInfo};
 use crate::full;
 use crate::layer::{Activations, Dims, Keep, KvCache, Layer, Linear, Pass, Proj};
 use crate::lora::Lora;
+use crate::place::Place;
 use crate::weights::WeightSource;
 
 /// Rows of the head's input that the loss works on at a time.
@@ -87,6 +88,9 @@ pub struct Decoder {
     pub(crate) device: Device,
     /// Dtype of the activations.
     pub(crate) compute: DType,
+    /// The whole decoder, where it is on a GPU: then there are no layers here.
+    #[cfg(feature = "cuda")]
+    pub(crate) cuda: Option<Box<crate::cuda::CudaDecoder>>,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -102,6 +106,21 @@ fn compute_dtype(weights: DType, device: &Device) -> DType {
     match weights {
         DType::BF16 | DType::F16 if device.is_cpu() => DType::F32,
         other => other,
+    }
+}
+
+fn dims(config: &ModelConfig) -> Dims {
+    Dims {
+        heads: config.num_attention_heads,
+        kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        eps: config.rms_norm_eps,
+        window: config.sliding_window,
+        act: match config.hidden_act {
+            HiddenAct::Silu => Act::Silu,
+            HiddenAct::Gelu => Act::Gelu,
+            HiddenAct::GeluTanh => Act::GeluTanh,
+        },
     }
 }
 
@@ -122,6 +141,69 @@ impl Decoder {
             let matrix = shape.len() == 2;
             source.tensor(name, shape, if matrix { dtype } else { compute }, device)
         })
+    }
+
+    /// [`Self::load`] at a place.
+    ///
+    /// # Errors
+    /// As there, and when the GPU has no room.
+    pub fn open(model: &Artifact, place: &Place, dtype: DType) -> Result<Self> {
+        match place {
+            Place::Cpu => Self::load(model, &Device::Cpu, dtype),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(gpu) => {
+                let config = ModelConfig::open(model)?;
+                let source = WeightSource::open(model)?;
+                source.check_all(&config)?;
+                let mut read = |name: &str, shape: &[usize]| {
+                    let matrix = shape.len() == 2;
+                    source.tensor(
+                        name,
+                        shape,
+                        if matrix { dtype } else { DType::F32 },
+                        &Device::Cpu,
+                    )
+                };
+                let (gpu, own) = (gpu.clone(), config.clone());
+                let decoder = crate::cuda::CudaDecoder::load(gpu, own, dtype, &mut read)?;
+                Self::on_gpu(config, decoder)
+            }
+        }
+    }
+
+    /// A decoder around one that is on a GPU.
+    ///
+    /// # Errors
+    /// Never in practice: the stand-ins for the weights are empty.
+    #[cfg(feature = "cuda")]
+    pub fn on_gpu(config: ModelConfig, decoder: crate::cuda::CudaDecoder) -> Result<Self> {
+        let none = Tensor::zeros(0, DType::F32, &Device::Cpu).context("cannot make a tensor")?;
+        Ok(Self {
+            dims: dims(&config),
+            config,
+            embed: none.clone(),
+            layers: Vec::new(),
+            norm: none.clone(),
+            head: none,
+            rope: Mutex::new(Arc::new(RopeTable::new(&[], 0, 1.0))),
+            device: Device::Cpu,
+            compute: DType::F32,
+            cuda: Some(Box::new(decoder)),
+        })
+    }
+
+    /// The decoder on a GPU, if it is on one.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(&self) -> Option<&crate::cuda::CudaDecoder> {
+        self.cuda.as_deref()
+    }
+
+    /// On a GPU, keeps less between forward and backward where more than `bytes` would be taken.
+    #[cfg(feature = "cuda")]
+    pub fn set_gpu_memory_limit(&mut self, bytes: Option<u64>) {
+        if let Some(cuda) = &mut self.cuda {
+            cuda.set_memory_limit(bytes);
+        }
     }
 
     /// A decoder from tensors under Hugging Face's names, all on one device; their dtype is that
@@ -195,20 +277,20 @@ impl Decoder {
             true => embed.clone(),
             false => need("lm_head.weight".into())?,
         };
-        let dims = Dims {
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            eps: config.rms_norm_eps,
-            window: config.sliding_window,
-            act: match config.hidden_act {
-                HiddenAct::Silu => Act::Silu,
-                HiddenAct::Gelu => Act::Gelu,
-                HiddenAct::GeluTanh => Act::GeluTanh,
-            },
-        };
         let rope = Mutex::new(Arc::new(RopeTable::new(&config.inv_freq(), 0, 1.0)));
-        Ok(Self { config, dims, embed, layers, norm, head, rope, device: device.clone(), compute })
+        Ok(Self {
+            dims: dims(&config),
+            config,
+            embed,
+            layers,
+            norm,
+            head,
+            rope,
+            device: device.clone(),
+            compute,
+            #[cfg(feature = "cuda")]
+            cuda: None,
+        })
     }
 
     /// The config it was built from.
@@ -216,7 +298,7 @@ impl Decoder {
         &self.config
     }
 
-    /// The device the weights are on.
+    /// The device of its adapters: that of the weights, but the CPU where those are on a GPU.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -241,6 +323,10 @@ impl Decoder {
     /// # Errors
     /// When the batch or the adapter does not fit the model, or the device fails.
     pub fn logits(&self, batch: &Batch, adapter: Option<&Lora>) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.logits(batch, adapter);
+        }
         if let Some((own, lora)) = self.overlaid(adapter)? {
             return own.logits(batch, Some(&lora));
         }
@@ -254,6 +340,10 @@ impl Decoder {
     /// # Errors
     /// When the batch or the adapter does not fit the model, or the device fails.
     pub fn nll(&self, batch: &Batch, adapter: Option<&Lora>) -> Result<Vec<f32>> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.nll(batch, adapter);
+        }
         if let Some((own, lora)) = self.overlaid(adapter)? {
             return own.nll(batch, Some(&lora));
         }
@@ -275,6 +365,11 @@ impl Decoder {
         options: &PassOptions,
         grads: &mut LoraGrads,
     ) -> Result<LossOut> {
+        #[cfg(feature = "cuda")]
+        if self.cuda.is_some() {
+            return Err(Error::new("a decoder on a GPU keeps its gradients there")
+                .with_hint("this is a bug: it trains through `CudaDecoder::training`"));
+        }
         batch.check(self.config.vocab_size)?;
         if batch.supervised() == 0 {
             return Err(Error::new("the batch has no supervised tokens"));

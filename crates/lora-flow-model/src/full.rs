@@ -26,6 +26,11 @@ impl Decoder {
     /// When the model has no such tensor, or one of another shape.
     pub fn overlay(&self, saved: &[SavedTensor]) -> Result<Self> {
         let rope = self.rope.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        #[cfg(feature = "cuda")]
+        if self.cuda.is_some() {
+            return Err(Error::new("whole tensors are not trained or replaced on a GPU yet")
+                .with_hint("use `--device cpu`"));
+        }
         let mut own = Self {
             config: self.config.clone(),
             dims: self.dims.clone(),
@@ -36,6 +41,8 @@ impl Decoder {
             rope: Mutex::new(Arc::clone(&rope)),
             device: self.device.clone(),
             compute: self.compute,
+            #[cfg(feature = "cuda")]
+            cuda: None,
         };
         let shapes = self.config.tensors();
         for SavedTensor { name, tensor } in saved {

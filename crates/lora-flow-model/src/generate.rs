@@ -100,12 +100,21 @@ impl<'a> Generator<'a> {
         let stops = options.stop.as_ref().unwrap_or(&config.eos_token_ids);
         let map = AdapterMap::new(config, adapter, None)?;
         let mut caches: Vec<_> = map.layers.iter().map(|_| KvCache::new()).collect();
+        #[cfg(feature = "cuda")]
+        let mut session = self.decoder.cuda().map(|cuda| cuda.session(adapter));
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
         let mut tokens = Vec::new();
         let mut next = prompt.to_vec();
         let mut past = 0;
         while tokens.len() < options.max_new_tokens {
-            let logits = self.decoder.next_logits(&next, past, &map.layers, &mut caches)?;
+            #[cfg(feature = "cuda")]
+            let on_gpu = session.as_mut().map(|s| s.next_logits(&next)).transpose()?;
+            #[cfg(not(feature = "cuda"))]
+            let on_gpu = None;
+            let logits = match on_gpu {
+                Some(logits) => logits,
+                None => self.decoder.next_logits(&next, past, &map.layers, &mut caches)?,
+            };
             past += next.len();
             let token = choose(logits, options, &mut rng)?;
             if stops.contains(&token) {

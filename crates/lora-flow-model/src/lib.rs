@@ -11,6 +11,8 @@ pub mod combine;
 pub mod config;
 mod config_gguf;
 mod config_hf;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod decoder;
 mod dora;
 mod full;
@@ -22,6 +24,7 @@ pub mod lora;
 pub mod lora_match;
 pub mod merge;
 pub mod peft;
+pub mod place;
 pub mod residual;
 pub mod safetensors_file;
 pub mod score;

@@ -10,6 +10,7 @@ mod checkpoint;
 mod config;
 mod device;
 mod evaluate;
+mod learner;
 mod log;
 mod lr_range;
 mod memory;
@@ -27,6 +28,7 @@ pub use config::{
 };
 pub use device::{open_device, with_threads};
 pub use evaluate::{Budget, DocumentLoss, MeanLoss, document_losses, mean_loss};
+pub use learner::Learner;
 pub use log::cpu_seconds;
 pub use lr_range::RangePoint;
 pub use memory::{available_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes};

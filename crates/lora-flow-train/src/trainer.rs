@@ -7,7 +7,7 @@ use std::time::Instant;
 use lora_flow_core::{
     CancelToken, Digest, Error, ErrorKind, Event, LogLevel, Progress, Reporter, Result, ResultExt,
 };
-use lora_flow_model::adapter::{DropoutKey, LoraGrads};
+use lora_flow_model::adapter::DropoutKey;
 use lora_flow_model::decoder::{self, Decoder, PassOptions};
 use lora_flow_model::lora::Lora;
 use rand_chacha::rand_core::RngCore;
@@ -15,10 +15,11 @@ use rand_chacha::rand_core::RngCore;
 use crate::checkpoint::{self, Checkpoint, State, Tensors};
 use crate::config::{OnSpike, ReportTo, TrainConfig};
 use crate::evaluate::{Budget, MeanLoss, document_losses, mean_loss};
+use crate::learner::{Learner, Values};
 use crate::log::{EvalLine, Log, StepLine};
 use crate::lr_range::{self, RangeTest};
 use crate::memory::peak_rss_bytes;
-use crate::optimizer::{self, AdamW, AdamWSettings, clip_grad_norm};
+use crate::optimizer::{self, AdamWSettings};
 use crate::order::{DataOrder, Steps, stream};
 use crate::schedule::Schedule;
 use crate::sequences::{Loaded, Sequences, load, supervised};
@@ -101,8 +102,7 @@ struct Trainer<'a> {
     order: DataOrder,
     steps: Steps,
     schedule: Schedule,
-    optimizer: AdamW,
-    grads: LoraGrads,
+    learner: Learner<'a>,
     log: Log,
     events: Option<EventFile>,
     state: State,
@@ -134,8 +134,8 @@ impl<'a> Trainer<'a> {
         let config = run.config;
         let order = DataOrder::new(usable_rows(&run)?, config);
         let steps = order.steps(config);
-        let mut optimizer = AdamW::new(&run.lora, AdamWSettings::new(config))?;
-        let lengths: Vec<_> = optimizer.params.iter().map(Vec::len).collect();
+        let mut learner = Learner::new(run.decoder, &run.lora, AdamWSettings::new(config))?;
+        let lengths: Vec<_> = learner.params()?.iter().map(Vec::len).collect();
         let identity = Digest::of_json(&serde_json::json!({
             "run": run.identity,
             "settings": config,
@@ -144,8 +144,8 @@ impl<'a> Trainer<'a> {
         let (mut state, mut best) = (State::default(), Vec::new());
         if let Some(found) = Checkpoint::load_last(run.state_dir, identity, &lengths)? {
             (state, best) = (found.state, found.best);
-            (optimizer.params, optimizer.m, optimizer.v) = (found.params, found.m, found.v);
-            optimizer.write_to(&mut run.lora)?;
+            learner.restore(Values { params: found.params, m: found.m, v: found.v })?;
+            learner.write_to(&mut run.lora)?;
             info(&run, format!("resuming after step {} of {}", state.step, steps.total));
         }
         let log = Log::open(&run.state_dir.join(LOG_FILE), state.log_bytes)?;
@@ -159,8 +159,7 @@ impl<'a> Trainer<'a> {
             steps,
             schedule: Schedule::new(config, steps.total),
             events,
-            optimizer,
-            grads: LoraGrads::zeros(&run.lora),
+            learner,
             log,
             resumed_from: state.step,
             state,
@@ -212,7 +211,7 @@ impl<'a> Trainer<'a> {
     /// The range test of `learning_rate: auto`, which leaves no trace but its curve.
     fn find_rate(&mut self) -> Result<f64> {
         info(&self.run, format!("looking for a learning rate in {} steps", lr_range::STEPS));
-        let before = self.optimizer.clone();
+        let before = self.learner.values()?;
         let mut test = RangeTest::default();
         for i in 0..lr_range::STEPS {
             if self.run.cancel.is_cancelled() {
@@ -223,12 +222,14 @@ impl<'a> Trainer<'a> {
             if result.bad.is_some() || !test.push(rate, result.loss()) {
                 break;
             }
-            self.optimizer.step(&self.grads, rate, i + 1)?;
-            self.optimizer.write_to(&mut self.run.lora)?;
+            let max_norm = self.run.config.max_grad_norm;
+            if !self.learner.step(&mut self.run.lora, max_norm, rate, i + 1)?.is_finite() {
+                break;
+            }
             self.progress(&format!("rate {rate:.1e}: loss {:.3}", result.loss()));
         }
-        self.optimizer = before;
-        self.optimizer.write_to(&mut self.run.lora)?;
+        self.learner.restore(before)?;
+        self.learner.write_to(&mut self.run.lora)?;
         let rate = test.choice().ok_or_else(|| {
             Error::new("`learning_rate: auto` found no rate: the first loss is no number")
                 .with_hint("check the weights and the data")
@@ -248,6 +249,16 @@ impl<'a> Trainer<'a> {
     fn step(&mut self) -> Result<StepResult> {
         let done = self.state.step;
         let mut result = self.gradients(done)?;
+        if result.bad.is_none() {
+            let learning_rate = self.schedule.at(done);
+            let max_norm = self.run.config.max_grad_norm;
+            let norm = self.learner.step(&mut self.run.lora, max_norm, learning_rate, done + 1)?;
+            (result.learning_rate, result.grad_norm) = (learning_rate, norm);
+            if !norm.is_finite() {
+                let rows = self.order.step(done).concat();
+                result.bad = Some(format!("the gradient is not finite; rows {rows:?}"));
+            }
+        }
         if let Some(bad) = &result.bad {
             let error = Error::new(format!("step {}: {bad}", done + 1)).with_hint(
                 "lower `learning_rate`, or look at these rows; run again to repeat just this \
@@ -256,15 +267,11 @@ impl<'a> Trainer<'a> {
             self.save()?;
             return Err(error);
         }
-        let learning_rate = self.schedule.at(done);
-        result.learning_rate = learning_rate;
-        self.optimizer.step(&self.grads, learning_rate, done + 1)?;
-        self.optimizer.write_to(&mut self.run.lora)?;
         self.state.step += 1;
         Ok(result)
     }
 
-    /// Loss and clipped gradient of the step that follows `done` others.
+    /// Loss and gradients of the step that follows `done` others.
     fn gradients(&mut self, done: u64) -> Result<StepResult> {
         let rows = self.order.step(done);
         let passes: Vec<Loaded> =
@@ -276,7 +283,7 @@ impl<'a> Trainer<'a> {
         if supervised == 0 {
             return Err(failed("no supervised tokens".into()));
         }
-        self.grads.clear();
+        self.learner.clear();
         let tokens = passes.iter().map(|p| p.tokens).sum();
         let mut result = StepResult {
             nll: 0.0,
@@ -297,19 +304,14 @@ impl<'a> Trainer<'a> {
                 },
             };
             let loss = self
-                .run
-                .decoder
-                .loss_and_grad(&pass.batch, &self.run.lora, &options, &mut self.grads)
+                .learner
+                .pass(&pass.batch, &self.run.lora, &options)
                 .with_context(|| format!("step {} failed", done + 1))?;
             result.nll += loss.nll_sum();
             if let Some(bad) = rows_not_finite(pass, &loss.nll) {
                 result.bad = Some(format!("the loss is not finite in {bad}"));
                 return Ok(result);
             }
-        }
-        result.grad_norm = clip_grad_norm(&mut self.grads, self.run.config.max_grad_norm);
-        if !result.grad_norm.is_finite() {
-            result.bad = Some(format!("the gradient is not finite; rows {:?}", rows.concat()));
         }
         Ok(result)
     }
@@ -396,6 +398,7 @@ impl<'a> Trainer<'a> {
         let budget =
             Budget { rows: self.run.config.per_device_eval_batch_size, tokens: usize::MAX };
         let (cancel, step) = (self.run.cancel.clone(), self.state.step);
+        self.learner.write_to(&mut self.run.lora)?;
         let (decoder, lora) = (self.run.decoder, Some(&self.run.lora));
         let losses = document_losses(decoder, lora, data, data.len(), budget, |_| {
             if cancel.is_cancelled() { Err(Error::cancelled()) } else { Ok(()) }
@@ -420,26 +423,29 @@ impl<'a> Trainer<'a> {
         }
         if self.state.best.is_none_or(|(_, best)| mean < f64::from_bits(best)) {
             self.state.best = Some((step, mean.to_bits()));
-            self.best = self.optimizer.params.clone();
+            self.best = self.learner.params()?;
         }
         Ok(())
     }
 
     fn save(&mut self) -> Result<()> {
         self.state.log_bytes = self.log.sync()?;
-        let AdamW { params, m, v, .. } = &self.optimizer;
-        let tensors = Tensors { params, m, v, best: &self.best };
+        let Values { params, m, v } = self.learner.values()?;
+        let tensors = Tensors { params: &params, m: &m, v: &v, best: &self.best };
         let step = self.state.step;
         checkpoint::save(self.run.state_dir, self.identity, &self.state, tensors)
             .with_context(|| format!("cannot write the checkpoint after step {step}"))
     }
 
     fn finish(mut self) -> Result<Outcome> {
+        let last = self.learner.params()?;
         if self.run.config.load_best_model_at_end && !self.best.is_empty() {
             optimizer::write(&mut self.run.lora, &self.best)?;
-        } else if self.optimizer.params.iter().flatten().any(|x| !x.is_finite()) {
+        } else if last.iter().flatten().any(|x| !x.is_finite()) {
             return Err(Error::new("the last step made the adapter infinite")
                 .with_hint("lower `learning_rate`"));
+        } else {
+            optimizer::write(&mut self.run.lora, &last)?;
         }
         let state = self.state;
         Ok(Outcome {

@@ -478,8 +478,18 @@ pub struct BenchGenerateArgs {
 #[derive(Debug, ClapArgs)]
 pub struct BenchArgs {
     /// A published model folder (config.json, weights)
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "shape")]
+    pub model: Option<PathBuf>,
+    /// On a GPU: random weights of a known model's shape instead of `--model`
+    #[arg(long, value_name = "NAME", conflicts_with = "model", value_parser = SHAPES)]
+    pub shape: Option<String>,
+    /// Dtype of the weights and of the operands of products, sums are f32 [default: float32 on the
+    /// CPU, the model's own on a GPU]
+    #[arg(long, value_parser = ["float32", "bfloat16"])]
+    pub dtype: Option<String>,
+    /// On a GPU: keep less between forward and backward to stay within this memory
+    #[arg(long, value_name = "GIB")]
+    pub memory: Option<f64>,
     /// Documents of a step and tokens of each
     #[arg(long, value_name = "DOCSxTOKENS", default_value = "4x256", value_parser = batch_shape)]
     pub batch: (usize, usize),
@@ -489,13 +499,16 @@ pub struct BenchArgs {
     /// Where tensors live: `cpu`, `cuda`, `cuda:N`
     #[arg(long, default_value = "cpu", env = "LORA_FLOW_DEVICE")]
     pub device: DeviceSpec,
-    /// Weights and the operands of products in bf16, sums in f32
-    #[arg(long)]
+    /// Short for `--dtype bfloat16`
+    #[arg(long, conflicts_with = "dtype")]
     pub bf16: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
 }
+
+/// Shapes that `bench --shape` knows.
+const SHAPES: [&str; 3] = ["smollm2-135m", "llama3.2-1b", "llama3.1-8b"];
 
 /// `4x256`: documents of at least two tokens, as the first token of one is no target.
 fn batch_shape(text: &str) -> Result<(usize, usize), String> {

@@ -93,7 +93,7 @@ impl Task for Evaluate {
         let context = &*cx;
         let losses = with_threads(cx.threads(), || {
             let dtype = ModelConfig::open(&model)?.dtype;
-            let decoder = Decoder::load(&model, &device, dtype).context("input `model`")?;
+            let decoder = Decoder::open(&model, &device, dtype).context("input `model`")?;
             let lora = load_adapter(adapter.as_ref(), &decoder)?;
             context.progress(0, Some(rows as u64), "row", "");
             document_losses(&decoder, lora.as_ref(), &set, rows, budget, |done| {
@@ -193,11 +193,8 @@ fn covers_all_text(set: &TokenSet, scored: usize, rows: usize) -> bool {
 }
 
 fn load_adapter(adapter: Option<&Artifact>, decoder: &Decoder) -> Result<Option<Lora>> {
-    let load = |artifact| {
-        Lora::load_peft(artifact, &decoder.linear_modules())
-            .and_then(|lora| lora.to_device(decoder.device()))
-            .context("input `adapter`")
-    };
+    let load =
+        |artifact| Lora::load_peft(artifact, &decoder.linear_modules()).context("input `adapter`");
     adapter.map(load).transpose()
 }
 

@@ -1,11 +1,12 @@
 //! The proof of a merge: logits of base and adapter against logits of the merged model, loaded
 //! again from disk. One model is in memory at a time.
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use lora_flow_core::{Artifact, CancelToken, Error, Result, ResultExt};
 use lora_flow_model::batch::Batch;
 use lora_flow_model::decoder::Decoder;
 use lora_flow_model::lora::Lora;
+use lora_flow_model::place::Place;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -39,21 +40,21 @@ pub fn compare(
     base: &Artifact,
     lora: &Lora,
     merged: &Artifact,
-    device: &Device,
+    device: &Place,
     cancel: &CancelToken,
 ) -> Result<Proof> {
     let (plain, expected) = {
         let decoder =
-            Decoder::load(base, device, DType::F32).context("cannot load the base model")?;
+            Decoder::open(base, device, DType::F32).context("cannot load the base model")?;
         let batch = probes(decoder.config().vocab_size);
-        let adapted = logits(&decoder, &batch, Some(&lora.to_device(device)?))?;
+        let adapted = logits(&decoder, &batch, Some(lora))?;
         (logits(&decoder, &batch, None)?, adapted)
     };
     if cancel.is_cancelled() {
         return Err(Error::cancelled());
     }
     let decoder =
-        Decoder::load(merged, device, DType::F32).context("cannot load the merged model")?;
+        Decoder::open(merged, device, DType::F32).context("cannot load the merged model")?;
     let batch = probes(decoder.config().vocab_size);
     let adapter_rms = measure(&expected, &plain).rms_difference;
     Ok(Proof { adapter_rms, ..measure(&expected, &logits(&decoder, &batch, None)?) })

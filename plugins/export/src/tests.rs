@@ -11,6 +11,7 @@ use lora_flow_core::{
 };
 use lora_flow_model::config::ModelConfig;
 use lora_flow_model::lora::{Lora, LoraConfig};
+use lora_flow_model::place::Place;
 use lora_flow_model::safetensors_file::{SafetensorsWriter, encode};
 use lora_flow_model::weights::WeightSource;
 use serde_json::{Value, json};
@@ -138,7 +139,7 @@ fn the_proof_notices_an_adapter_that_was_not_merged() {
     let modules = config().linear_modules();
     let lora = Lora::load_peft(&adapter(dirs[1].path()), &modules).unwrap();
     let cancel = Default::default();
-    let proof = crate::proof::compare(&model, &lora, &model, &Device::Cpu, &cancel).unwrap();
+    let proof = crate::proof::compare(&model, &lora, &model, &Place::Cpu, &cancel).unwrap();
     assert!(proof.max_difference > 0.01, "{proof:?}");
     assert_eq!(proof.rms_difference, proof.adapter_rms);
 }

@@ -17,6 +17,7 @@ use lora_flow_model::config::ModelConfig;
 use lora_flow_model::decoder::Decoder;
 use lora_flow_model::lora::{Lora, LoraConfig};
 use lora_flow_model::merge::{CARRIED, MergeOptions, merge_weights};
+use lora_flow_model::place::Place;
 use lora_flow_model::residual::{self, Start};
 use lora_flow_model::weights::WeightSource;
 use lora_flow_train::preflight::{self, Shape};
@@ -103,7 +104,7 @@ impl Task for Train {
             cx.device()
         ));
         reset_peak_rss();
-        let mut predicted = 0;
+        let mut predicted = None;
         let threads = cx.threads();
         let mut outcome = with_threads(threads, || {
             let Started { decoder, lora, start, weight_bytes } =
@@ -147,8 +148,8 @@ struct Started {
 
 /// Bytes.
 struct Sizes {
-    /// Peak that the preflight predicted.
-    predicted: u64,
+    /// Peak that the preflight predicted, where it did.
+    predicted: Option<u64>,
     /// Peak of the training.
     measured: u64,
     /// Weights written.
@@ -160,10 +161,17 @@ impl Train {
         &self,
         model: &Artifact,
         adapter: Option<&Artifact>,
-        device: &Device,
+        place: &Place,
     ) -> Result<Started> {
+        let cpu_only = |what: &str| match place.is_cpu() {
+            true => Ok(()),
+            false => Err(Error::new(format!("{what} is not done on a GPU yet"))
+                .with_hint("use `--device cpu`, or plain LoRA")),
+        };
         let Some(adapter) = adapter else {
-            let mut decoder = Decoder::load(model, device, DType::F32).context("input `model`")?;
+            cpu_only("`method: full`")?;
+            let mut decoder =
+                Decoder::load(model, &Device::Cpu, DType::F32).context("input `model`")?;
             let names: Vec<_> = decoder.config().tensors().into_iter().map(|(n, _)| n).collect();
             let saved = decoder.take(&names)?;
             let lora = Lora { config: LoraConfig::default(), modules: Vec::new(), saved };
@@ -171,13 +179,13 @@ impl Train {
         };
         let dtype = ModelConfig::open(model)?.dtype;
         let weight_bytes = dtype.size_in_bytes() as u64;
-        let decoder = Decoder::load(model, device, dtype).context("input `model`")?;
-        let lora = Lora::load_peft(adapter, &decoder.linear_modules())
-            .and_then(|lora| lora.to_device(device))
-            .context("input `adapter`")?;
+        let decoder = Decoder::open(model, place, dtype).context("input `model`")?;
+        let lora =
+            Lora::load_peft(adapter, &decoder.linear_modules()).context("input `adapter`")?;
         let Some(init) = residual::read_start(adapter).context("input `adapter`")? else {
             return Ok(Started { decoder, lora, start: None, weight_bytes });
         };
+        cpu_only("training from PiSSA or OLoRA")?;
         let (lora, start) = residual::split(&lora, init)?;
         let decoder = decoder.overlay(&residual::lessened(&decoder, &lora, &start)?)?;
         Ok(Started { decoder, lora, start: Some(start), weight_bytes })
@@ -190,8 +198,12 @@ impl Train {
         shape: &Shape,
         model: &ModelConfig,
         rows: &TokenSet,
-        device: &Device,
-    ) -> Result<u64> {
+        place: &Place,
+    ) -> Result<Option<u64>> {
+        // The figures are those of the CPU; a GPU's decoder plans its own memory.
+        if !place.is_cpu() {
+            return Ok(None);
+        }
         let memory = shape.memory(model, &self.0);
         let steps = self.0.max_steps.map(|s| s as f64);
         let in_step = self.0.per_device_train_batch_size * self.0.gradient_accumulation_steps;
@@ -199,7 +211,7 @@ impl Train {
             .map_or(self.0.num_train_epochs, |s| s * in_step as f64 / rows.rows().max(1) as f64);
         let all: usize = (0..rows.rows()).map(|i| rows.row(i).input_ids.len()).sum();
         let tokens = (epochs * all as f64) as u64;
-        let rate = product_rate(model, shape.tokens, device).context("cannot time a product")?;
+        let rate = product_rate(model, shape.tokens).context("cannot time a product")?;
         let seconds = preflight::operations(shape, model, &self.0, tokens) / rate;
         cx.report(preflight::describe(&memory, shape));
         cx.report(format!(
@@ -208,28 +220,25 @@ impl Train {
             duration(seconds),
             rate / 1e9
         ));
-        if device.is_cpu()
-            && let Some(available) = available_bytes()
-        {
+        if let Some(available) = available_bytes() {
             // What the process holds already (the weights) is no longer available, nor needed again.
             let held = lora_flow_train::rss_bytes().unwrap_or(0);
             preflight::check(shape, model, &self.0, available + held)?;
         }
-        Ok(memory.total())
+        Ok(Some(memory.total()))
     }
 }
 
 /// Operations a second of a product like those of the model's MLP.
-fn product_rate(model: &ModelConfig, tokens: u64, device: &Device) -> candle_core::Result<f64> {
+fn product_rate(model: &ModelConfig, tokens: u64) -> candle_core::Result<f64> {
     let (n, h, f) = (tokens.clamp(1, 256) as usize, model.hidden_size, model.intermediate_size);
-    let x = Tensor::ones((n, h), DType::F32, device)?;
-    let w = Tensor::ones((f, h), DType::F32, device)?;
+    let x = Tensor::ones((n, h), DType::F32, &Device::Cpu)?;
+    let w = Tensor::ones((f, h), DType::F32, &Device::Cpu)?;
     let (mut done, started) = (0u32, Instant::now());
     while done < 1 || started.elapsed().as_millis() < 30 {
         lora_flow_kernels::linear::matmul_nt(&x, &w)?;
         done += 1;
     }
-    device.synchronize()?;
     Ok(f64::from(done) * 2.0 * (n * h * f) as f64 / started.elapsed().as_secs_f64())
 }
 
@@ -351,12 +360,14 @@ impl Train {
         let stored = if self.0.method == Method::Full { "model" } else { "adapter" };
         cx.summary(stored, format!("{:.1} MB", sizes.stored as f64 / 1e6));
         cx.summary("peak memory", format!("{:.2} GB", sizes.measured as f64 / 1e9));
-        let off = 100.0 * (sizes.predicted as f64 / sizes.measured.max(1) as f64 - 1.0);
-        cx.report(format!(
-            "peak memory {:.3} GB; predicted {:.3} GB ({off:+.0} %)",
-            sizes.measured as f64 / 1e9,
-            sizes.predicted as f64 / 1e9
-        ));
+        let measured = sizes.measured as f64 / 1e9;
+        let mut peak = format!("peak memory {measured:.3} GB");
+        if let Some(predicted) = sizes.predicted {
+            let predicted = predicted as f64 / 1e9;
+            let off = 100.0 * (predicted / measured - 1.0);
+            peak += &format!("; predicted {predicted:.3} GB ({off:+.0} %)");
+        }
+        cx.report(peak);
         if outcome.resumed_from > 0 {
             let (from, all) = (outcome.resumed_from, outcome.steps);
             cx.report(format!("resumed after step {from} of {all}"));

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use lora_flow_core::{ArtifactKind, Error, Result, ResultExt as _};
+use lora_flow_core::{ArtifactKind, DeviceSpec, Error, Result, ResultExt as _};
 use lora_flow_kernels::linear;
 use lora_flow_kernels::profile::{self, Category};
 use lora_flow_model::adapter::LoraGrads;
@@ -30,9 +30,21 @@ pub fn bench(command: &BenchCommand) -> Result<i32, Failure> {
         BenchCommand::Train { bench, .. } | BenchCommand::Eval(bench) => bench,
         BenchCommand::Generate(args) => return generate(args),
     };
-    let device = open_device(args.device)?;
-    let dtype = if args.bf16 { DType::BF16 } else { DType::F32 };
-    let decoder = Decoder::load(&open_dir(ArtifactKind::Model, &args.model)?, &device, dtype)?;
+    let place = open_device(args.device).map_err(Failure::Usage)?;
+    #[cfg(feature = "cuda")]
+    if let lora_flow_model::place::Place::Cuda(gpu) = &place {
+        return super::bench_cuda::bench(command, args, gpu);
+    }
+    let Some(model) = args.model.as_ref().filter(|_| args.device == DeviceSpec::Cpu) else {
+        let error = Error::new("`--shape` makes its weights on a GPU");
+        return Err(Failure::Usage(
+            error.with_hint("use `--model` on the CPU, or `--device cuda`"),
+        ));
+    };
+    let device = Device::Cpu;
+    let bf16 = args.bf16 || args.dtype.as_deref() == Some("bfloat16");
+    let dtype = if bf16 { DType::BF16 } else { DType::F32 };
+    let decoder = Decoder::open(&open_dir(ArtifactKind::Model, model)?, &place, dtype)?;
     let batch = synthetic(args.batch, decoder.config().vocab_size)?;
     let timed = match command {
         BenchCommand::Train { r, checkpointing, .. } => {
@@ -98,7 +110,7 @@ fn generate(args: &BenchGenerateArgs) -> Result<i32, Failure> {
 }
 
 /// Documents of one length whose every token but the first is a target.
-fn synthetic((documents, tokens): (usize, usize), vocab: usize) -> Result<Batch> {
+pub(super) fn synthetic((documents, tokens): (usize, usize), vocab: usize) -> Result<Batch> {
     let id = |i: usize| (i.wrapping_mul(2_654_435_761) % vocab) as u32;
     let documents: Vec<Vec<u32>> =
         (0..documents).map(|d| (0..tokens).map(|t| id(d * tokens + t)).collect()).collect();
@@ -115,8 +127,7 @@ fn training_step<'a>(
     checkpointing: bool,
 ) -> Result<impl FnMut() -> Result<()> + 'a> {
     let config = LoraConfig { r, lora_alpha: 2.0 * r as f64, ..LoraConfig::default() };
-    let mut lora =
-        Lora::init(&config, &decoder.linear_modules(), 0)?.to_device(decoder.device())?;
+    let mut lora = Lora::init(&config, &decoder.linear_modules(), 0)?;
     let train = TrainConfig::default();
     let mut optimizer = AdamW::new(&lora, AdamWSettings::new(&train))?;
     let mut grads = LoraGrads::zeros(&lora);

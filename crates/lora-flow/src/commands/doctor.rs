@@ -18,7 +18,7 @@ pub fn doctor() -> Result<i32, Failure> {
         Some(n) => println!("memory     {}", bytes(n)),
         None => println!("memory     unknown"),
     }
-    println!("cuda       not built in");
+    cuda();
     println!(
         "python3    {} (external plugins in Python, such as `pip-fetch`)",
         version("python3", &["--version"])
@@ -39,6 +39,40 @@ pub fn doctor() -> Result<i32, Failure> {
         }
     );
     Ok(0)
+}
+
+/// The GPUs that `--device cuda:N` would take, or what is missing.
+#[cfg(feature = "cuda")]
+fn cuda() {
+    use lora_flow_kernels::cuda::{Gpu, gpus};
+    let missing = |e: lora_flow_kernels::cuda::CudaError| {
+        println!("cuda       {}{}", e.message, e.hint.map_or(String::new(), |h| format!(": {h}")));
+    };
+    let found = match gpus() {
+        Ok(found) => found,
+        Err(e) => return missing(e),
+    };
+    for gpu in found {
+        let ((major, minor), memory) = (gpu.capability, bytes(gpu.memory as u64));
+        let driver = format!("{}.{}", gpu.driver / 1000, gpu.driver % 1000 / 10);
+        println!(
+            "cuda:{}     {}, {memory}, compute capability {major}.{minor}, driver for CUDA {driver}",
+            gpu.index, gpu.name
+        );
+        if let Err(e) = Gpu::open(gpu.index) {
+            missing(e);
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() {
+    let nvcc = std::env::var("NVCC").unwrap_or_else(|_| "nvcc".to_owned());
+    let toolkit = match output(&nvcc, &["--version"]) {
+        Some(_) => "nvcc is there",
+        None => "needs nvcc of a CUDA toolkit, 12.0 or newer, which is not found",
+    };
+    println!("cuda       not built in: `cargo build --release --features cuda` ({toolkit})");
 }
 
 fn cpu_features() -> String {

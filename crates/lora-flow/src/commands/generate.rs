@@ -23,7 +23,7 @@ pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
     let model = open_dir(ArtifactKind::Model, &args.model)?;
     let tokenizer = TextTokenizer::open(&model)?;
     let started = Instant::now();
-    let decoder = Decoder::load(&model, &device, DType::F32)?;
+    let decoder = Decoder::open(&model, &device, DType::F32)?;
     let loaded = started.elapsed();
 
     // All adapters are read before the first answer, so that a bad one loses no time.
@@ -39,7 +39,7 @@ pub fn generate(args: &GenerateArgs) -> Result<i32, Failure> {
             ))));
         }
         let adapter = open_dir(ArtifactKind::Adapter, Path::new(dir))?;
-        variants.push((name, Some(Lora::load_peft(&adapter, &modules)?.to_device(&device)?)));
+        variants.push((name, Some(Lora::load_peft(&adapter, &modules)?)));
     }
 
     let prompt = prompt_ids(args, &tokenizer)?;

@@ -3,6 +3,8 @@
 mod accept;
 mod annotations;
 mod bench;
+#[cfg(feature = "cuda")]
+mod bench_cuda;
 mod cache;
 mod ci;
 mod diff;

@@ -25,6 +25,7 @@ use lora_flow_data::{ChatTemplate, TextTokenizer};
 use lora_flow_model::config::ModelConfig;
 use lora_flow_model::decoder::Decoder;
 use lora_flow_model::lora::Lora;
+use lora_flow_model::place::Place;
 use lora_flow_train::{open_device, with_threads};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -238,7 +239,6 @@ impl Task for EvaluateTasks {
                 let lora = match &subject.adapter {
                     Some(adapter) => {
                         let lora = Lora::load_peft(adapter, &decoder.linear_modules());
-                        let lora = lora.and_then(|lora| lora.to_device(decoder.device()));
                         Some(lora.with_context(place)?)
                     }
                     None => None,
@@ -287,9 +287,9 @@ pub(crate) struct Asked {
     pub(crate) num_fewshot: usize,
 }
 
-fn load(model: &Artifact, device: &candle_core::Device) -> Result<Decoder> {
+fn load(model: &Artifact, place: &Place) -> Result<Decoder> {
     let dtype = ModelConfig::open(model)?.dtype;
-    Decoder::load(model, device, dtype)
+    Decoder::open(model, place, dtype)
 }
 
 /// Prompts are made once; a model that reads them with other ids would be asked other questions.
