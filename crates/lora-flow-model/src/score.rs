@@ -56,6 +56,15 @@ impl Decoder {
                 ask.tokens
             )));
         }
+        #[cfg(feature = "cuda")]
+        if self.cuda().is_some() {
+            let logits = self.logits(batch, adapter)?.flatten_all().and_then(|l| l.to_vec1());
+            let logits: Vec<f32> = logits.context("cannot read the logits")?;
+            return asks.iter().map(|a| tell(a, &logits[a.position * vocab..][..vocab])).collect();
+        }
+        if let Some((own, lora)) = self.overlaid(adapter)? {
+            return own.score(batch, Some(&lora), asks);
+        }
         let map = AdapterMap::new(self.config(), adapter, None)?;
         let x = self.hidden(batch, &map)?;
         let mut told = Vec::with_capacity(asks.len());
@@ -92,6 +101,13 @@ impl Decoder {
     ) -> Result<Vec<(f64, bool)>> {
         if context.is_empty() || continuations.iter().any(|c| c.is_empty()) {
             return Err(Error::new("a context and its continuations must have tokens"));
+        }
+        #[cfg(feature = "cuda")]
+        if self.cuda().is_some() {
+            return self.score_apart(context, continuations, adapter);
+        }
+        if let Some((own, lora)) = self.overlaid(adapter)? {
+            return own.score_continuations(context, continuations, Some(&lora));
         }
         let map = AdapterMap::new(self.config(), adapter, None)?;
         let mut caches: Vec<_> = map.layers.iter().map(|_| KvCache::new()).collect();
@@ -137,6 +153,30 @@ impl Decoder {
             out.push((sum, greedy));
         }
         Ok(out)
+    }
+
+    /// [`Self::score_continuations`] with the context run again for each: a GPU's decoder has no
+    /// cache that can be cut back.
+    #[cfg(feature = "cuda")]
+    fn score_apart(
+        &self,
+        context: &[u32],
+        continuations: &[&[u32]],
+        adapter: Option<&Lora>,
+    ) -> Result<Vec<(f64, bool)>> {
+        let score = |continuation: &&[u32]| {
+            let ids = [context, &continuation[..continuation.len() - 1]].concat();
+            let ask = |(i, token): (usize, &u32)| Ask {
+                position: context.len() - 1 + i,
+                tokens: vec![*token],
+            };
+            let asks: Vec<Ask> = continuation.iter().enumerate().map(ask).collect();
+            let told = self.score(&Batch::from_documents(&[&ids]), adapter, &asks)?;
+            let greedy =
+                told.iter().zip(*continuation).all(|(told, token)| told.likeliest == *token);
+            Ok((told.iter().map(|t| t.logprobs[0]).sum(), greedy))
+        };
+        continuations.iter().map(score).collect()
     }
 }
 

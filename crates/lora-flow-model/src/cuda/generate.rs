@@ -42,6 +42,7 @@ impl Session<'_> {
         let mut state = decoder.lock();
         let state = &mut *state;
         if let Some(lora) = self.adapter {
+            super::check_supported(lora)?;
             state.weights.attach(&decoder.gpu, &decoder.config, decoder.element, lora)?;
         }
         let mut run = || -> std::result::Result<Vec<f32>, CudaError> {
