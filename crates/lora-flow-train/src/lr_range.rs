@@ -2,9 +2,10 @@
 //!
 //! The rate grows by the same factor every step, from far too small to far too large, over the
 //! first batches of the run; what was trained is thrown away. The rate taken is the one at which
-//! the smoothed loss falls fastest. (Where it is lowest is of little use: Adam's steps are bounded,
-//! and the loss of an adapter that has gone too far may stay flat instead of rising.) The curve is
-//! kept, so that anyone can choose otherwise.
+//! the smoothed loss has fallen half way to its lowest. (Where it is lowest is of little use:
+//! Adam's steps are bounded, and the loss of an adapter that has gone too far may stay flat instead
+//! of rising. Where it falls fastest from one step to the next is a matter of the batches.) The
+//! curve is kept, so that anyone can choose otherwise.
 
 use serde::Serialize;
 
@@ -16,6 +17,10 @@ const RATES: (f64, f64) = (1e-6, 1.0);
 const MEMORY: f64 = 0.7;
 /// The test ends where the smoothed loss is so many times its lowest.
 const DIVERGED: f64 = 2.0;
+/// Steps whose mean is the loss at the start.
+const START: usize = 5;
+/// A lowest loss above this share of the start is no fall.
+const LEAST_FALL: f64 = 0.98;
 /// The smoothed curve lags by M/(1 − M) = 2.3 steps, in which the rate more than doubles.
 const LAG: f64 = MEMORY / (1.0 - MEMORY);
 
@@ -62,12 +67,17 @@ impl RangeTest {
 
     /// The rate to train with.
     pub(crate) fn choice(&self) -> Option<f64> {
-        let falls = self.curve.windows(2);
-        let fastest = falls.min_by(|a, b| {
-            let fall = |w: &[RangePoint]| w[1].smoothed - w[0].smoothed;
-            fall(a).total_cmp(&fall(b))
-        });
-        let at = fastest.map_or_else(|| self.curve.first(), |w| w.last())?.learning_rate;
+        if self.curve.is_empty() {
+            return None;
+        }
+        let first = &self.curve[..self.curve.len().min(START)];
+        let start = first.iter().map(|p| p.smoothed).sum::<f64>() / first.len() as f64;
+        let lowest = self.lowest()?.smoothed;
+        if lowest > LEAST_FALL * start {
+            return None;
+        }
+        let half = 0.5 * (start + lowest);
+        let at = self.curve.iter().find(|p| p.smoothed <= half)?.learning_rate;
         let (first, last) = RATES;
         let factor = (last / first).powf(1.0 / (STEPS - 1) as f64);
         let rate = at / factor.powf(LAG);
@@ -82,13 +92,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_choice_is_where_the_loss_falls_fastest() {
+    fn the_choice_is_where_the_loss_has_fallen_half_way() {
         let mut test = RangeTest::default();
         for i in 0..STEPS {
             let rate = RangeTest::rate(i);
-            // Falls fastest at 1e-3, then explodes.
+            // Falls around 1e-3 with the noise of its batches, then explodes.
             let fall = 2.0 / (1.0 + (-4.0 * (rate / 1e-3).log10()).exp());
-            let loss = 4.0 - fall + (rate / 0.1).powi(3);
+            let noise = 0.1 * (i as f64 * 2.4).sin();
+            let loss = 4.0 - fall + noise + (rate / 0.1).powi(3);
             if !test.push(rate, loss) {
                 break;
             }
@@ -96,6 +107,10 @@ mod tests {
         assert!(test.curve.len() < STEPS as usize, "ends when the loss has left");
         let choice = test.choice().unwrap();
         assert!((6e-4..=1.7e-3).contains(&choice), "{choice}");
+        let mut flat = RangeTest::default();
+        assert!(flat.choice().is_none());
+        (0..STEPS).for_each(|i| drop(flat.push(RangeTest::rate(i), 3.0)));
+        assert_eq!(flat.choice(), None, "nothing fell");
         assert!((RangeTest::rate(STEPS - 1) - 1.0).abs() < 1e-12);
     }
 }

@@ -231,8 +231,8 @@ impl<'a> Trainer<'a> {
         self.learner.restore(before)?;
         self.learner.write_to(&mut self.run.lora)?;
         let rate = test.choice().ok_or_else(|| {
-            Error::new("`learning_rate: auto` found no rate: the first loss is no number")
-                .with_hint("check the weights and the data")
+            Error::new("`learning_rate: auto` found no rate at which the loss falls")
+                .with_hint("give a number, or check the weights and the data")
         })?;
         let curve = serde_json::json!({ "learning_rate": rate, "curve": test.curve });
         fs_err::write(
