@@ -202,7 +202,7 @@ mod linux {
     }
 
     /// The same for a path that all tasks share: it stays open, for as long as the same file or
-    /// folder stands there. Looking it up is most of what confining a process takes.
+    /// folder stands there.
     fn allow_known(
         ruleset: RulesetCreated,
         path: &Path,

@@ -69,7 +69,7 @@ pub fn dispatch(args: Args) -> Result<i32, Failure> {
 }
 
 /// Compiles the pipeline; warnings go to stderr. The plan is never taken apart: a command needs it
-/// until the process ends, and with thousands of tasks that would take a tenth of a no-op run.
+/// until the process ends, and with thousands of tasks that would be felt in a run with nothing to do.
 fn load(args: &PipelineArgs) -> Result<&'static Plan, Failure> {
     let options = CompileOptions {
         params_file: args.params_file.clone(),
