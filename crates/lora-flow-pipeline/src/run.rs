@@ -181,7 +181,7 @@ impl Engine {
     ) -> Result<RunReport> {
         let started = Instant::now();
         let timestamp = Timestamp::now();
-        let _lock = self.store.lock_for_run(&options.cancel)?;
+        let _lock = self.store.lock_for_run(&options.cancel, publish::sweep)?;
         let folder = RunFolder::create(&self.store, timestamp, plan)?;
         let session = Session::new(&self.store, plan, &options.force, options.device);
         let tasks = schedule::run(&schedule::Run {
