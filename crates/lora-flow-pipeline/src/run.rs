@@ -272,7 +272,7 @@ impl Engine {
     ) -> Result<RunReport> {
         let started = Instant::now();
         let timestamp = Timestamp::now();
-        let _lock = self.store.lock_for_run(&options.cancel)?;
+        let _lock = self.store.lock_for_run(&options.cancel, publish::sweep)?;
         let folder = RunFolder::create(&self.store, timestamp, plan)?;
         let at_work = self.store.lock_run(&folder.id)?;
         let session = self.session(plan, &options.force, options.device);

@@ -10,9 +10,10 @@
 //! its place in one step. Files that others put into it move along.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -94,6 +95,8 @@ impl Publication<'_> {
         let digest = Digest::of_bytes(target.as_os_str().as_encoded_bytes());
         let lock = self.store.lock_path(&format!("publish-{}.lock", digest.short()));
         let lock = FileLock::exclusive(&lock, cancel, || {})?;
+        // Whoever finds this file after a kill knows where to look for leftovers.
+        lock.note(target.as_os_str().as_encoded_bytes())?;
         let kept = match self.inspect(&target)? {
             Found::Identical => {
                 self.write_marker(&target)?;
@@ -370,6 +373,18 @@ fn move_along(old: &Path, new: &Path, name: &str) -> Result<()> {
         fs_err::create_dir_all(parent)?;
     }
     Ok(fs_err::rename(old.join(name), to)?)
+}
+
+/// Cleans up beside a target whose publishing was cut short, given what its lock's file notes. That
+/// it cannot be done stops no run: the next publishing there tries again.
+pub(super) fn sweep(noted: &[u8]) {
+    let target = Path::new(OsStr::from_bytes(noted));
+    let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else { return };
+    if target.is_absolute()
+        && let Err(e) = remove_leftovers(parent, &sibling_prefix(name))
+    {
+        tracing::debug!("cannot clean up beside `{}`: {}", target.display(), e.chain());
+    }
 }
 
 /// Removes what a killed run left beside a target, unless it holds files that are not of an

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -98,6 +98,12 @@ impl FileLock {
         }
     }
 
+    /// Writes into the lock's file what is to be known if its holder dies.
+    pub(crate) fn note(&self, text: &[u8]) -> Result<()> {
+        self.file.set_len(0)?;
+        Ok((&self.file).write_all(text)?)
+    }
+
     /// Whether somebody has the lock. Makes no file.
     pub(crate) fn is_held(path: &Path) -> bool {
         let file = File::open(path);
@@ -188,12 +194,23 @@ impl Drop for GateGuard<'_> {
 impl Store {
     /// For a run: nothing is cleaned away while this is held. What dead runs left in `tmp/` and
     /// `locks/` goes when nobody else is at work.
-    pub(crate) fn lock_for_run(&self, cancel: &CancelToken) -> Result<FileLock> {
+    /// What a lock's file notes goes to `noted` before.
+    pub(crate) fn lock_for_run(
+        &self,
+        cancel: &CancelToken,
+        noted: impl Fn(&[u8]),
+    ) -> Result<FileLock> {
         let path = self.lock_path(STORE_LOCK);
         if let Some(lock) = FileLock::try_exclusive(&path)? {
             let locks = super::list_dir(&self.dir.join("locks"))?;
             let locks = locks.into_iter().filter(|p| !p.ends_with(STORE_LOCK));
-            for leftover in super::list_dir(&self.dir.join("tmp"))?.into_iter().chain(locks) {
+            for leftover in locks.chain(super::list_dir(&self.dir.join("tmp"))?) {
+                if leftover.extension().is_some_and(|e| e == "lock")
+                    && let Ok(note) = std::fs::read(&leftover)
+                    && !note.is_empty()
+                {
+                    noted(&note);
+                }
                 super::remove_all(&leftover)?;
             }
             return lock.downgrade();
