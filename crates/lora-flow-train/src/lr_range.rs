@@ -109,7 +109,7 @@ mod tests {
         assert!((6e-4..=1.7e-3).contains(&choice), "{choice}");
         let mut flat = RangeTest::default();
         assert!(flat.choice().is_none());
-        (0..STEPS).for_each(|i| drop(flat.push(RangeTest::rate(i), 3.0)));
+        assert!((0..STEPS).all(|i| flat.push(RangeTest::rate(i), 3.0)));
         assert_eq!(flat.choice(), None, "nothing fell");
         assert!((RangeTest::rate(STEPS - 1) - 1.0).abs() < 1e-12);
     }
