@@ -345,6 +345,7 @@ mod tests {
             id: id.to_owned(),
             kind: "train".to_owned(),
             status,
+            pulled: false,
             key: None,
             wall: Duration::from_millis(1500),
             reasons: Vec::new(),
