@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use support::{Project, Ran};
 
-/// A project whose plugin has the kind `work`: a shell script in its parameter, with `$out` and
-/// `$state`.
+/// A project whose plugin has the kind `work`: a shell script in its parameter, with `$out`, `$state`
+/// and `$scratch`.
 fn project(tasks: &str) -> Project {
     let project = Project::empty();
     project.write(
@@ -25,7 +25,7 @@ fn project(tasks: &str) -> Project {
         "request=$(cat)\n\
          field() { printf '%s' \"$request\" | sed \"s/.*\\\"$1\\\":\\\"\\([^\\\"]*\\)\\\".*/\\1/\"; }\n\
          out=$(printf '%s' \"$request\" | sed 's/.*\"outputs\":{\"files\":{\"kind\":\"Files\",\"path\":\"\\([^\"]*\\)\".*/\\1/')\n\
-         state=$(field state)\neval \"$(field run)\"\necho '{\"event\":\"done\"}'\n",
+         state=$(field state)\nscratch=$(field scratch)\neval \"$(field run)\"\necho '{\"event\":\"done\"}'\n",
     );
     project.write("pipeline.yaml", format!("name: p\nplugins: [plugin]\ntasks:\n{tasks}"));
     project
@@ -245,7 +245,7 @@ fn plugins_see_the_gpus_that_they_were_given() {
         + &work(
             "all",
             "inputs: { in: [one, two, none] }, publish: out,",
-            "cat $state/../../tmp/*/scratch/inputs/in/*/f > $out/f",
+            "cat $scratch/inputs/in/*/f > $out/f",
         );
     let project = project(&tasks);
     let mut command = project.command(&["run", "pipeline.yaml", "--gpus", "2", "--jobs", "2"]);
