@@ -114,7 +114,7 @@ impl Run<'_> {
             return nothing;
         }
         let Ok(Some(explained)) = session.explained(task, inputs, false) else { return nothing };
-        let entry = match session.store.inspect(&explained.key.digest()) {
+        let entry = match session.store.find(&explained.key.digest()) {
             Ok(Lookup::Hit(entry)) => entry,
             Ok(Lookup::Corrupt { .. }) => return Quick::Work { corrupt: true },
             _ => return nothing,
@@ -231,7 +231,7 @@ impl Work<'_> {
         self.outcome.key = Some(key);
         let forced = session.is_forced(self.task);
         if !forced {
-            match session.store.inspect(&key)? {
+            match session.store.find(&key)? {
                 Lookup::Hit(entry) => return self.settle(entry, true),
                 Lookup::Corrupt { .. } => corrupt = true,
                 Lookup::Miss => {}

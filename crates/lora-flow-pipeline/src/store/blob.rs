@@ -116,7 +116,7 @@ impl Store {
     /// safe from cleaning, which leaves what was used since a run at work began.
     pub(super) fn use_blob(&self, digest: &Digest, size: u64) -> bool {
         let Ok(_gate) = self.gate() else { return false };
-        self.has_blob(digest, size) && Self::touch(&self.blob_path(digest))
+        self.has_blob(digest, size) && Self::touch_with(&self.blob_path(digest), mark)
     }
 
     /// Gives a synced file its name among the objects.

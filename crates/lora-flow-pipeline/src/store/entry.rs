@@ -177,16 +177,21 @@ pub(super) fn info(entry: &Entry) -> EntryInfo {
 }
 
 impl Store {
-    /// [`Store::inspect`] for the one who holds the key's lock and will make the result anew: a whole
-    /// result is safe from cleaning as long as the run that asks goes on; an entry that is not whole
-    /// goes into quarantine. Its blobs stay, since others may be mending them this moment; a sound
-    /// one takes the place of a damaged one.
-    pub(crate) fn lookup(&self, key: &Digest) -> Result<Lookup> {
+    /// [`Store::inspect`] for a run: a whole result is safe from cleaning as long as that run goes on.
+    pub(crate) fn find(&self, key: &Digest) -> Result<Lookup> {
         let _gate = self.gate()?;
         let found = self.inspect(key)?;
         if let Lookup::Hit(_) = found {
             Self::touch(&self.entry_path(key));
         }
+        Ok(found)
+    }
+
+    /// [`Store::find`] for the one who holds the key's lock and will make the result anew: an entry
+    /// that is not whole goes into quarantine. Its blobs stay, since others may be mending them this
+    /// moment; a sound one takes the place of a damaged one.
+    pub(crate) fn lookup(&self, key: &Digest) -> Result<Lookup> {
+        let found = self.find(key)?;
         if let Lookup::Corrupt { why } = &found {
             tracing::warn!("the store's entry {} is damaged: {why}", key.short());
             self.quarantine(&self.entry_path(key))?;

@@ -190,13 +190,18 @@ impl Store {
         Ok(())
     }
 
-    /// Marks an entry or a blob as used now.
+    /// Marks an entry as used now.
     pub(super) fn touch(path: &Path) -> bool {
+        Self::touch_with(path, |file| file.set_modified(SystemTime::now()))
+    }
+
+    /// Marks an entry or a blob as used now by `mark`, unless it was lately; `false` if it is gone.
+    pub(super) fn touch_with(path: &Path, mark: fn(&File) -> std::io::Result<()>) -> bool {
         let Ok(modified) = std::fs::metadata(path).and_then(|m| m.modified()) else { return false };
         let now = SystemTime::now();
         if now.duration_since(modified).is_ok_and(|age| age >= TOUCH) {
             // A store that can only be read is not cleaned either.
-            let _ = File::open(path).and_then(|file| file.set_modified(now));
+            let _ = File::open(path).and_then(|file| mark(&file));
         }
         true
     }

@@ -9,8 +9,8 @@ use crate::ui::{Failure, count};
 
 pub fn lock(args: &LockArgs) -> Result<i32, Failure> {
     let plan = commands::load(&args.pipeline)?;
-    let engine = commands::engine(&plan)?;
-    write(&engine, &plan, &args.pipeline, args.device)?;
+    let engine = commands::engine(plan)?;
+    write(&engine, plan, &args.pipeline, args.device)?;
     Ok(0)
 }
 

@@ -71,10 +71,10 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         let junit = args.junit.as_deref().unwrap_or(Path::new(ci::JUNIT));
         let verdicts = verdict::read(&engine, &report);
         ci::write(&report, &verdicts, junit)?;
-        annotations::write(&plan, &report, &verdicts)?;
+        annotations::write(plan, &report, &verdicts)?;
     }
     if args.update_lock && report.exit_code() == 0 {
-        commands::lock::write(&engine, &plan, &args.pipeline, device)?;
+        commands::lock::write(&engine, plan, &args.pipeline, device)?;
     }
     Ok(report.exit_code())
 }

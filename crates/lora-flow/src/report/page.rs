@@ -331,9 +331,7 @@ fn compared(
 /// A number with about five significant digits.
 fn number(v: f64) -> String {
     let size = v.abs();
-    if !v.is_finite() {
-        format!("{v}")
-    } else if v == v.trunc() && size < 1e15 {
+    if !v.is_finite() || (v == v.trunc() && size < 1e15) {
         format!("{v}")
     } else if (1e-3..1e6).contains(&size) {
         let decimals = (4 - size.log10().floor() as i32).clamp(0, 7) as usize;
