@@ -46,8 +46,8 @@ pub(crate) fn text_table<const N: usize>(rows: &[[String; N]]) -> String {
     out
 }
 
-/// A number with as many digits as people compare by.
-pub(crate) fn short(x: f64) -> String {
+/// A number with as many digits as people compare by: whole ones as they are, others with five.
+pub fn short(x: f64) -> String {
     let size = x.abs();
     if x == x.trunc() && size < 1e15 {
         format!("{x}")

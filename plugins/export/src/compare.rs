@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use lora_flow_core::{
     ArtifactKind, Error, NamedArtifact, Ports, Result, ResultExt, Task, TaskContext,
 };
+use lora_flow_data::group_digits;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -141,15 +142,8 @@ fn read(artifacts: &[NamedArtifact]) -> Result<Vec<(String, Numbers)>> {
 /// Whole numbers in groups of three, others with four digits that count.
 fn number(v: f64) -> String {
     if v.fract() == 0.0 && v.abs() < 1e15 {
-        let digits = format!("{:.0}", v.abs());
-        let mut out = String::new();
-        for (i, c) in digits.chars().enumerate() {
-            if i > 0 && (digits.len() - i).is_multiple_of(3) {
-                out.push(',');
-            }
-            out.push(c);
-        }
-        return if v < 0.0 { format!("-{out}") } else { out };
+        let digits = group_digits(v.abs() as u64);
+        return if v < 0.0 { format!("-{digits}") } else { digits };
     }
     let decimals = (3 - v.abs().log10().floor() as i64).clamp(0, 9) as usize;
     format!("{v:.decimals$}")

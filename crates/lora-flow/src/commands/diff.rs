@@ -117,12 +117,10 @@ impl Side {
                     "metrics" => task.id.clone(),
                     other => format!("{}.{other}", task.id),
                 };
-                let files = artifact.manifest.files.iter();
-                let blob = files.filter(|f| f.name == "metrics.json").map(|f| f.digest).next();
-                let Some(numbers) = blob.and_then(|digest| {
-                    let bytes = std::fs::read(engine.store().blob_path(&digest)).ok()?;
-                    serde_json::from_slice::<serde_json::Map<String, Value>>(&bytes).ok()
-                }) else {
+                let artifact = engine.store().artifact(artifact);
+                let Some(Value::Object(numbers)) =
+                    commands::artifact_json(&artifact, "metrics.json")
+                else {
                     side.unknown.push(format!("`{}.{output}`", task.id));
                     continue;
                 };

@@ -24,9 +24,10 @@ mod why;
 
 use std::path::{Path, PathBuf};
 
-use lora_flow_core::Error;
+use lora_flow_core::{Artifact, Error};
 use lora_flow_pipeline::{CompileOptions, Engine, Plan, Remote, compile};
 use lora_flow_remote::{Bucket, Patience};
+use serde_json::Value;
 
 use crate::args::{
     Args, Command, GateCommand, GraphArgs, GraphFormat, PipelineArgs, PluginCommand,
@@ -122,6 +123,16 @@ fn engine_here() -> Result<Engine, Failure> {
         ));
     }
     Ok(Engine::open(&root.unwrap_or(here), cache_dir)?.with_remote(remote()?))
+}
+
+/// A file of an artifact as text; nothing if it is not there or cannot be read.
+pub fn artifact_text(artifact: &Artifact, name: &str) -> Option<String> {
+    std::fs::read_to_string(&artifact.files.get(name)?.path).ok()
+}
+
+/// The same as JSON.
+pub fn artifact_json(artifact: &Artifact, name: &str) -> Option<Value> {
+    serde_json::from_str(&artifact_text(artifact, name)?).ok()
 }
 
 /// A path as the user would write it from here.

@@ -17,10 +17,8 @@ pub struct Verdict<'a> {
 pub fn read<'a>(engine: &Engine, report: &'a RunReport) -> Vec<Verdict<'a>> {
     let of = |task: &'a TaskOutcome| {
         let entry = engine.store().entry(&task.key?)?;
-        let stored = entry.outputs.get("verdict")?;
-        let file = stored.manifest.files.iter().find(|f| f.name == "verdict.json")?;
-        let bytes = std::fs::read(engine.store().blob_path(&file.digest)).ok()?;
-        Some(Verdict { task, json: serde_json::from_slice(&bytes).ok()? })
+        let artifact = engine.store().artifact(entry.outputs.get("verdict")?);
+        Some(Verdict { task, json: commands::artifact_json(&artifact, "verdict.json")? })
     };
     report.tasks.iter().filter_map(of).collect()
 }

@@ -7,7 +7,7 @@ use lora_flow_pipeline::{Engine, Entry, RunEdge, RunRecord, Status, TaskOutcome}
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::commands::flatten;
+use crate::commands::{artifact_json, artifact_text, flatten};
 
 /// A run. Serialised, it is both what the page is filled with and the JSON inside the page.
 #[derive(Debug, Serialize)]
@@ -155,18 +155,18 @@ impl RunView {
         let from: Vec<String> = inputs.map(|e| e.from.clone()).chain(files.cloned()).collect();
         for (output, stored) in &entry.outputs {
             let artifact = engine.store().artifact(stored);
+            let name = format!("{}.{output}", task.id);
             self.artifacts.push(ArtifactView {
-                name: format!("{}.{output}", task.id),
+                name: name.clone(),
                 kind: artifact.kind,
                 size: stored.size(),
                 digest: artifact.digest.to_string(),
                 from: from.clone(),
             });
-            let name = format!("{}.{output}", task.id);
             match artifact.kind {
                 ArtifactKind::Metrics => self.read_metrics(&task.id, &artifact),
                 ArtifactKind::Verdict => {
-                    if let Some(verdict) = json_of(&artifact, "verdict.json") {
+                    if let Some(verdict) = artifact_json(&artifact, "verdict.json") {
                         self.verdicts.push(VerdictView { task: task.id.clone(), verdict });
                     }
                 }
@@ -175,7 +175,7 @@ impl RunView {
                         ArtifactKind::Tokens => "tokens.json",
                         _ => "dataset.json",
                     };
-                    if let Some(Value::Object(facts)) = json_of(&artifact, file) {
+                    if let Some(Value::Object(facts)) = artifact_json(&artifact, file) {
                         let facts = facts.into_iter().collect();
                         self.data.push(DataView { name, kind: artifact.kind, facts });
                     }
@@ -186,8 +186,8 @@ impl RunView {
     }
 
     fn read_metrics(&mut self, task: &str, artifact: &Artifact) {
-        let Some(Value::Object(metrics)) = json_of(artifact, "metrics.json") else { return };
-        if let Some(log) = text_of(artifact, "log.jsonl") {
+        let Some(Value::Object(metrics)) = artifact_json(artifact, "metrics.json") else { return };
+        if let Some(log) = artifact_text(artifact, "log.jsonl") {
             let log = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
             self.training.push(TrainingView { task: task.to_owned(), metrics, log });
             return;
@@ -236,13 +236,4 @@ impl TaskView {
             published: task.published.iter().map(|p| p.display().to_string()).collect(),
         }
     }
-}
-
-/// A JSON file of an artifact; nothing if it is not there or cannot be read.
-fn json_of(artifact: &Artifact, name: &str) -> Option<Value> {
-    serde_json::from_str(&text_of(artifact, name)?).ok()
-}
-
-fn text_of(artifact: &Artifact, name: &str) -> Option<String> {
-    std::fs::read_to_string(&artifact.files.get(name)?.path).ok()
 }

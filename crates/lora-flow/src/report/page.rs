@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use lora_flow_core::{ArtifactKind, Result, ResultExt};
+use lora_flow_evaluate::short;
 use minijinja::value::{Serde, ValueKind};
 use minijinja::{AutoEscape, Environment, Value as Shown};
 use serde::Serialize;
@@ -131,7 +132,7 @@ struct Compared {
 pub fn render(runs: &[RunView]) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
-    environment.add_filter("number", |v: f64| number(v));
+    environment.add_filter("number", |v: f64| short(v));
     environment.add_filter("value", |v: Shown| shown(&v));
     environment.add_filter("percent", |v: f64| format!("{v:+.2} %"));
     environment.add_filter("bytes", |v: u64| crate::table::bytes(v));
@@ -328,23 +329,10 @@ fn compared(
     names.iter().map(row).filter(|row| all || differs(row)).collect()
 }
 
-/// A number with about five significant digits.
-fn number(v: f64) -> String {
-    let size = v.abs();
-    if !v.is_finite() || (v == v.trunc() && size < 1e15) {
-        format!("{v}")
-    } else if (1e-3..1e6).contains(&size) {
-        let decimals = (4 - size.log10().floor() as i32).clamp(0, 7) as usize;
-        format!("{v:.decimals$}")
-    } else {
-        format!("{v:.4e}")
-    }
-}
-
 /// Any value of a JSON file as a cell of a table.
 fn shown(value: &Shown) -> String {
     match f64::try_from(value.clone()) {
-        Ok(v) if value.is_number() => number(v),
+        Ok(v) if value.is_number() => short(v),
         _ if value.is_none() || value.is_undefined() => "–".to_owned(),
         _ if value.kind() == ValueKind::Bool => {
             if value.is_true() { "yes" } else { "no" }.to_owned()
