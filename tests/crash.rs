@@ -152,15 +152,30 @@ fn ends_well(mut child: Child, what: &str) {
     let deadline = Instant::now() + HANGS;
     while child.try_wait().unwrap().is_none() {
         if Instant::now() > deadline {
+            let threads = threads(child.id());
             let _ = child.kill();
             let _ = child.wait();
-            panic!("{what}: it hangs");
+            panic!("{what}: it hangs:\n{threads}");
         }
         std::thread::sleep(Duration::from_millis(5));
     }
     let output = child.wait_with_output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{what}: {}\n{told}", output.status);
+}
+
+/// What each thread of a process waits for.
+fn threads(id: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
+    let read = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
+    tasks
+        .map(|task| {
+            let stat = read(task.path().join("stat"));
+            let state = stat.rsplit_once(") ").map_or("", |(_, rest)| &rest[..1]).to_owned();
+            let (name, waits) = (read(task.path().join("comm")), read(task.path().join("wchan")));
+            format!("{}: {state} {waits}\n", name.trim())
+        })
+        .collect()
 }
 
 fn results(project: &Project) -> Results {

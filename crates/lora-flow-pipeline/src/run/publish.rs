@@ -97,6 +97,10 @@ impl Publication<'_> {
         let lock = FileLock::exclusive(&lock, cancel, || {})?;
         // Whoever finds this file after a kill knows where to look for leftovers.
         lock.note(target.as_os_str().as_encoded_bytes())?;
+        // Before the target is looked at: what moves into it here moves along below.
+        if parent.is_dir() {
+            remove_leftovers(parent, name)?;
+        }
         let kept = match self.inspect(&target)? {
             Found::Identical => {
                 self.write_marker(&target)?;
@@ -107,9 +111,7 @@ impl Publication<'_> {
             Found::Ours { others } => others,
         };
         fs_err::create_dir_all(parent)?;
-        let prefix = sibling_prefix(name);
-        remove_leftovers(parent, &prefix)?;
-        let mut fresh = prefix;
+        let mut fresh = sibling_prefix(name);
         fresh.push(unique_name());
         let fresh = parent.join(fresh);
         let placed = self
@@ -381,15 +383,16 @@ pub(super) fn sweep(noted: &[u8]) {
     let target = Path::new(OsStr::from_bytes(noted));
     let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else { return };
     if target.is_absolute()
-        && let Err(e) = remove_leftovers(parent, &sibling_prefix(name))
+        && let Err(e) = remove_leftovers(parent, name)
     {
         tracing::debug!("cannot clean up beside `{}`: {}", target.display(), e.chain());
     }
 }
 
-/// Removes what a killed run left beside a target, unless it holds files that are not of an
-/// artifact.
-fn remove_leftovers(parent: &Path, prefix: &OsString) -> Result<()> {
+/// Removes what a killed run left beside a target. What others had put into the folder that was
+/// replaced, and the kill kept from moving along, moves now if its place is free; otherwise it stays.
+fn remove_leftovers(parent: &Path, name: &OsStr) -> Result<()> {
+    let (prefix, target) = (sibling_prefix(name), parent.join(name));
     for entry in fs_err::read_dir(parent)? {
         let entry = entry?;
         if !entry.file_name().as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
@@ -398,11 +401,18 @@ fn remove_leftovers(parent: &Path, prefix: &OsString) -> Result<()> {
         let path = entry.path();
         let mut names = Vec::new();
         list(&path, "", &mut names)?;
-        let ours = match read_marker(&path) {
-            Some(marker) => names.iter().all(|n| n == MARKER || marker.files.contains_key(n)),
-            None => true,
-        };
-        if ours {
+        let mut displaced = false;
+        if let Some(marker) = read_marker(&path) {
+            let is_published = read_marker(&target).is_some();
+            for name in names.iter().filter(|n| *n != MARKER && !marker.files.contains_key(*n)) {
+                if is_published && fs::symlink_metadata(target.join(name)).is_err() {
+                    move_along(&path, &target, name)?;
+                } else {
+                    displaced = true;
+                }
+            }
+        }
+        if !displaced {
             remove_all(&path)?;
         }
     }

@@ -143,8 +143,8 @@ pub(super) fn seal(path: &Path) -> Result<()> {
     }
 }
 
-/// Puts the mark of a sealed blob on a file.
-fn mark(file: &File) -> std::io::Result<()> {
+/// Puts the mark of a sealed blob, and the present time, on a file whose bytes are known to be right.
+pub(super) fn mark(file: &File) -> std::io::Result<()> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     // A second back: no time of a file lies in the future.
     file.set_modified(SystemTime::UNIX_EPOCH + Duration::new(now.as_secs().max(1) - 1, SEALED))

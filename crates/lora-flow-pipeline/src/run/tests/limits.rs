@@ -348,6 +348,28 @@ fn damaged_bytes_are_not_published() {
     assert_eq!(read(&bench, "sub/more"), "more");
 }
 
+/// A run killed between putting the new folder in place and emptying the old one.
+#[test]
+fn a_publishing_that_was_cut_short_is_cleaned_up_by_a_run_that_has_nothing_to_do() {
+    let bench = publishing("one");
+    bench.run();
+    let old = bench.path("out/.model.lora-flow-1-2-3");
+    fs::create_dir_all(&old).unwrap();
+    for entry in fs::read_dir(bench.path("out/model")).unwrap().flatten() {
+        if entry.path().is_file() {
+            fs::copy(entry.path(), old.join(entry.file_name())).unwrap();
+        }
+    }
+    fs::write(old.join("notes"), "the user's").unwrap();
+    let target = bench.path("out/model").canonicalize().unwrap();
+    let lock = bench.store_dir().join("locks/publish-0.lock");
+    fs::write(&lock, target.to_str().unwrap()).unwrap();
+    let report = bench.run();
+    assert_eq!(out(&report, "a").status, Status::Cached);
+    assert!(!old.exists() && !lock.exists());
+    assert_eq!(read(&bench, "notes"), "the user's");
+}
+
 #[test]
 fn a_file_or_a_link_at_the_target() {
     let bench = publishing("one");
