@@ -56,7 +56,7 @@ pub fn compile_source(
         overrides::apply_file(&mut parameters, path, &mut elsewhere);
     }
     overrides::apply(&mut parameters, &options.set, &mut elsewhere);
-    let kinds = load_kinds(&root, &spec, options, &mut problems, &mut elsewhere);
+    let (kinds, plugins) = load_kinds(&root, &spec, options, &mut problems, &mut elsewhere);
 
     let declared_env: Vec<String> = spec.env.iter().map(|n| n.value.clone()).collect();
     let env: BTreeMap<String, String> = declared_env
@@ -99,6 +99,7 @@ pub fn compile_source(
         warnings,
         tasks: assemble(&members, wires, &wanted, &forced, resolved, published, &options.env),
         params: Value::Object(parameters),
+        plugins,
         env: declared(&spec, &env),
         source: sources.whole.clone(),
         sources,
@@ -146,7 +147,8 @@ fn load_kinds(
     options: &CompileOptions,
     problems: &mut Problems,
     elsewhere: &mut Vec<Diagnostic>,
-) -> Kinds {
+) -> (Kinds, Vec<Arc<PluginManifest>>) {
+    let mut plugins = Vec::new();
     let mut kinds = Kinds::builtin(options.builtin);
     let mut seen: BTreeMap<PathBuf, Span> = BTreeMap::new();
     for plugin in &spec.plugins {
@@ -168,6 +170,7 @@ fn load_kinds(
                 continue;
             }
         };
+        plugins.push(manifest.clone());
         for (i, kind) in manifest.kinds.iter().enumerate() {
             let taken = kinds.insert(&kind.name, Maker::Plugin(manifest.clone(), i));
             let owner = taken.map(|kind| match &kind.maker {
@@ -183,7 +186,7 @@ fn load_kinds(
             }
         }
     }
-    kinds
+    (kinds, plugins)
 }
 
 /// Problems of a file under the root, with its path as it looks from the pipeline file's side.

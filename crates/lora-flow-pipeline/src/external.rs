@@ -9,6 +9,7 @@ mod build;
 mod event;
 mod process;
 mod sandbox;
+mod spawn;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -83,17 +84,15 @@ impl ExternalTask {
                 self.manifest.name
             ));
         }
-        let inputs_dir = cx.scratch().join("inputs");
-        let work_dir = cx.scratch().join("work");
-        fs_err::create_dir_all(&work_dir)?;
-        let inputs = link_inputs(cx, &inputs_dir)?;
+        let inputs = link_inputs(cx, &cx.scratch().join("inputs"))?;
         let request = self.request(cx, inputs, network);
-        let mut command = process::command(&self.manifest, products, &work_dir, cx.scratch())?;
+        let mut command = process::command(&self.manifest, products, cx.scratch())?;
         if let Some(gpus) = cx.gpus() {
             command.env("CUDA_VISIBLE_DEVICES", gpus.join(","));
         }
         let scope = self.scope(cx, products, network);
-        if let Some(gap) = sandbox::confine(&mut command, &scope)? {
+        let (confinement, gap) = sandbox::confine(&command, &scope)?;
+        if let Some(gap) = gap {
             warn_once(cx, &self.manifest.name, gap);
         }
         let program = Program { plugin: &self.manifest.name };
@@ -101,7 +100,7 @@ impl ExternalTask {
         let cancel = cx.cancel_token().clone();
         let input = format!("{request}\n").into_bytes();
         let mut said = Said::default();
-        let end = program.run(command, input, &cancel, |heard| match heard {
+        let end = program.run(&command, &confinement, input, &cancel, |heard| match heard {
             Heard::Error(line) => {
                 reporter
                     .event(lora_flow_core::Event::Log { level: LogLevel::Debug, message: line });
@@ -289,13 +288,13 @@ impl Task for ExternalTask {
     }
 }
 
-/// Folders of links, `SCRATCH/inputs/PORT/N/NAME`, and the part of the request that names them.
+/// Folders of links, `SCRATCH/inputs/PORT.N/NAME`, and the part of the request that names them.
 fn link_inputs(cx: &TaskContext, dir: &Path) -> Result<Value> {
     let mut ports = Map::new();
     for (port, artifacts) in cx.inputs() {
         let mut list = Vec::new();
         for (i, named) in artifacts.iter().enumerate() {
-            let folder = dir.join(port).join(i.to_string());
+            let folder = dir.join(format!("{port}.{i}"));
             fs_err::create_dir_all(&folder)?;
             for (name, file) in &named.artifact.files {
                 let link = folder.join(name);
@@ -318,7 +317,7 @@ fn link_inputs(cx: &TaskContext, dir: &Path) -> Result<Value> {
 }
 
 /// Digest of a plugin's files, made once for each loaded manifest: its tasks share it.
-fn digest_of(manifest: &Arc<PluginManifest>) -> Result<Digest, String> {
+pub(crate) fn digest_of(manifest: &Arc<PluginManifest>) -> Result<Digest, String> {
     type Known = Vec<(Weak<PluginManifest>, Digest)>;
     static KNOWN: Mutex<Known> = Mutex::new(Vec::new());
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -335,7 +334,7 @@ fn digest_of(manifest: &Arc<PluginManifest>) -> Result<Digest, String> {
 
 /// Digest of all files below a folder and their names, without `target`, `__pycache__` and names
 /// that start with a dot.
-fn folder_digest(dir: &Path) -> Result<Digest> {
+pub(crate) fn folder_digest(dir: &Path) -> Result<Digest> {
     fn walk(dir: &Path, prefix: &str, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {
         for entry in fs_err::read_dir(dir)? {
             let entry = entry?;

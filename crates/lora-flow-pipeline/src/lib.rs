@@ -59,8 +59,8 @@ pub use pinned::{LockFile, Pinned};
 pub use reason::{FileChange, Reason};
 pub use record::{RunEdge, RunEnvironment, RunInfo, RunRecord, RunState};
 pub use run::{
-    Engine, ErrorRecord, Gpu, Observer, OutputRecord, RunOptions, RunReport, State, Status,
-    TaskOutcome, TaskStatus,
+    Engine, ErrorRecord, Gpu, Observer, OutputRecord, Request, RunOptions, RunReport, State,
+    Status, TaskOutcome, TaskStatus, store_of,
 };
 pub use store::{
     Entry, EntryInfo, Freed, Keep, Manifest, ManifestFile, Objects, Remote, RemoteError,

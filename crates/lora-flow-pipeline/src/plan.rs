@@ -8,6 +8,7 @@ use std::time::Duration;
 use lora_flow_core::{Digest, Ports, Task, TaskKind};
 use serde_json::Value;
 
+use crate::plugin_manifest::PluginManifest;
 use crate::source::{Diagnostic, SourceFile, Sources, Span};
 
 /// What [`compile`] needs besides the file.
@@ -48,6 +49,8 @@ pub struct Plan {
     pub tasks: Vec<PlannedTask>,
     /// What may be a mistake.
     pub warnings: Vec<Diagnostic>,
+    /// The plugins that the file names.
+    pub(crate) plugins: Vec<Arc<PluginManifest>>,
     /// The declared environment variables: name, digest of the value if it is set, place.
     pub(crate) env: Vec<(String, Option<Digest>, Span)>,
     /// The files behind [`Plan::source`].

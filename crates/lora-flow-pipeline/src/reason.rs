@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::key::{Explained, TaskKey};
-use crate::store::{Store, Sync, file_name_of};
+use crate::store::{Store, Sync};
 
 /// More files than this are counted, not named.
 const NAMED_FILES: usize = 3;
@@ -372,7 +372,7 @@ struct Line {
 
 impl LastKeys {
     pub(crate) fn load(store: &Store, pipeline: &str) -> Self {
-        let path = store.last_dir().join(format!("{}.jsonl", file_name_of(pipeline)));
+        let path = store.last_path(pipeline);
         // One spoilt byte must not make the rest of the file unreadable.
         let bytes = std::fs::read(&path).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes);

@@ -21,6 +21,7 @@ use crate::run::{RunOptions, RunReport, Status, TaskOutcome};
 use crate::store::{FileLock, Store, Sync, file_name_of, write_file};
 
 const RUN_FILE: &str = "run.json";
+const PIPELINE_FILE: &str = "pipeline.yaml";
 const BEGUN_FILE: &str = "begun.json";
 const TASKS_FILE: &str = "tasks.jsonl";
 const LOCK_FILE: &str = "lock";
@@ -93,6 +94,20 @@ pub struct RunEnvironment {
     pub variables: Vec<String>,
 }
 
+impl RunEnvironment {
+    /// That of this process.
+    fn now(device: String, variables: Vec<String>) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            os: std::env::consts::OS.to_owned(),
+            arch: std::env::consts::ARCH.to_owned(),
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            device,
+            variables,
+        }
+    }
+}
+
 /// How far a run has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -152,38 +167,25 @@ struct Steps {
 }
 
 impl RunFolder {
-    /// Makes the folder of a run that starts now. Its name is the time in UTC; the last four
-    /// digits are the fraction of the second, so that names sort by time.
+    /// Makes the folder of a run that starts now.
     pub(crate) fn create(store: &Store, started: Timestamp, plan: &Plan) -> Result<Self> {
-        let fraction = u64::try_from(started.subsec_nanosecond()).unwrap_or(0);
-        let second = started.strftime("%Y%m%d-%H%M%S").to_string();
         fs_err::create_dir_all(store.runs_dir())?;
         // Made elsewhere, so that whoever sees the folder sees what is in it.
         let fresh = store.tmp_path()?;
         fs_err::create_dir(&fresh)?;
         let lock = FileLock::try_exclusive(&fresh.join(LOCK_FILE))?
             .ok_or_else(|| Error::new("the lock of a new run is taken"))?;
-        write_file(&fresh.join("pipeline.yaml"), plan.source.text.as_bytes(), Sync::No)?;
+        write_file(&fresh.join(PIPELINE_FILE), plan.source.text.as_bytes(), Sync::No)?;
         let begun = Begun {
             format: RECORD_FORMAT,
             name: plan.name.clone(),
-            started: started.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            started: seconds_of(started),
             tasks: plan.tasks.iter().map(|t| (t.id.clone(), t.kind.clone())).collect(),
         };
         write_file(&fresh.join(BEGUN_FILE), &serde_json::to_vec(&begun)?, Sync::No)?;
-        for attempt in 0..0x1_0000 {
-            let tail = (fraction * 0x1_0000 / 1_000_000_000 + attempt) & 0xffff;
-            let id = format!("{second}-{tail:04x}");
-            let dir = store.runs_dir().join(&id);
-            match std::fs::rename(&fresh, &dir) {
-                // Another run's, which is not empty.
-                Err(_) if dir.exists() => continue,
-                other => other.with_context(|| format!("cannot make `{}`", dir.display()))?,
-            }
-            let lock = lock.moved_to(dir.join(LOCK_FILE));
-            return Ok(Self { id, dir, steps: Mutex::default(), lock });
-        }
-        Err(Error::new("no name is left for a run of this second"))
+        let (id, dir) = name_run(store, started, &fresh, |_| Ok(()))?;
+        let lock = lock.moved_to(dir.join(LOCK_FILE));
+        Ok(Self { id, dir, steps: Mutex::default(), lock })
     }
 
     /// A task starts to execute.
@@ -237,34 +239,83 @@ impl RunFolder {
         store: &Store,
         plan: &Plan,
         options: &RunOptions,
-        report: &RunReport,
-    ) -> Result<()> {
+        report: RunReport,
+    ) -> Result<RunRecord> {
+        let sync = if report.did_work() { Sync::File } else { Sync::No };
         let variables: BTreeMap<&String, ()> =
             plan.tasks.iter().flat_map(|t| t.env.keys()).map(|name| (name, ())).collect();
         let record = RunRecord {
             format: RECORD_FORMAT,
-            report: report.clone(),
+            report,
             params: plan.params.clone(),
             pipeline: plan.source.path.clone(),
             command_line: options.command_line.clone(),
-            environment: RunEnvironment {
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-                os: std::env::consts::OS.to_owned(),
-                arch: std::env::consts::ARCH.to_owned(),
-                cpus: std::thread::available_parallelism().map_or(1, usize::from),
-                device: options.device.to_string(),
-                variables: variables.into_keys().cloned().collect(),
-            },
+            environment: RunEnvironment::now(
+                options.device.to_string(),
+                variables.into_keys().cloned().collect(),
+            ),
             edges: RunEdge::all(plan),
         };
-        let sync = if report.did_work() { Sync::File } else { Sync::No };
         store.write_atomic(&self.dir.join(RUN_FILE), &serde_json::to_vec(&record)?, sync)?;
         for name in [BEGUN_FILE, TASKS_FILE] {
             let _ = std::fs::remove_file(self.dir.join(name));
         }
         self.lock.remove();
-        Ok(())
+        Ok(record)
     }
+
+    /// The folder of a run that ended as it began: `record` is that of an earlier one, with what is
+    /// this one's own put in.
+    pub(crate) fn settled(
+        store: &Store,
+        started: Timestamp,
+        text: &str,
+        mut record: RunRecord,
+    ) -> Result<RunReport> {
+        let RunEnvironment { device, variables, .. } = record.environment;
+        record.environment = RunEnvironment::now(device, variables);
+        record.report.started = seconds_of(started);
+        fs_err::create_dir_all(store.runs_dir())?;
+        let fresh = store.tmp_path()?;
+        fs_err::create_dir(&fresh)?;
+        write_file(&fresh.join(PIPELINE_FILE), text.as_bytes(), Sync::No)?;
+        let record_file = fresh.join(RUN_FILE);
+        name_run(store, started, &fresh, |id| {
+            id.clone_into(&mut record.report.run_id);
+            write_file(&record_file, &serde_json::to_vec(&record)?, Sync::No)
+        })?;
+        Ok(record.report)
+    }
+}
+
+/// A time to the second, RFC 3339 in UTC.
+fn seconds_of(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+/// Gives the folder of a run that starts now its name, after `prepare` was told it. The name is the
+/// time in UTC; the last four digits are the fraction of the second, so that names sort by time.
+fn name_run(
+    store: &Store,
+    started: Timestamp,
+    fresh: &Path,
+    mut prepare: impl FnMut(&str) -> Result<()>,
+) -> Result<(String, PathBuf)> {
+    let second = started.strftime("%Y%m%d-%H%M%S").to_string();
+    let fraction = u64::try_from(started.subsec_nanosecond()).unwrap_or(0);
+    for attempt in 0..0x1_0000 {
+        let tail = (fraction * 0x1_0000 / 1_000_000_000 + attempt) & 0xffff;
+        let id = format!("{second}-{tail:04x}");
+        let dir = store.runs_dir().join(&id);
+        prepare(&id)?;
+        match std::fs::rename(fresh, &dir) {
+            // Another run's, which is not empty.
+            Err(_) if dir.exists() => continue,
+            other => other.with_context(|| format!("cannot make `{}`", dir.display()))?,
+        }
+        return Ok((id, dir));
+    }
+    Err(Error::new("no name is left for a run of this second"))
 }
 
 fn log_in(run: &Path, task: &str) -> PathBuf {

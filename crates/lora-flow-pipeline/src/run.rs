@@ -9,6 +9,7 @@ mod publish;
 mod report;
 mod reporter;
 mod schedule;
+mod settled;
 mod validate;
 
 use std::collections::BTreeMap;
@@ -34,6 +35,7 @@ pub use report::{
     ErrorRecord, Gpu, Observer, OutputRecord, RunOptions, RunReport, State, Status, TaskOutcome,
     TaskStatus,
 };
+pub use settled::{Request, store_of};
 
 /// Runs plans against a store.
 #[derive(Debug)]
@@ -52,8 +54,12 @@ impl Engine {
     /// When the store cannot be opened or made.
     pub fn open(root: &Path, cache_dir: Option<&Path>) -> Result<Self> {
         let dir = cache_dir.map_or_else(|| root.join(STORE_DIR), Path::to_owned);
-        let store = Store::open(&dir)?;
-        Ok(Self { store, remote: None, retry_delay: Duration::from_secs(1) })
+        Ok(Self::over(Store::open(&dir)?))
+    }
+
+    /// The engine over a store.
+    pub fn over(store: Store) -> Self {
+        Self { store, remote: None, retry_delay: Duration::from_secs(1) }
     }
 
     /// Adds a remote tier: results that the store lacks are taken from there, and those made here
@@ -294,9 +300,12 @@ impl Engine {
             wall: started.elapsed(),
             tasks,
         };
-        folder.finish(&self.store, plan, options, &report)?;
+        let record = folder.finish(&self.store, plan, options, report)?;
+        if let Some(request) = &options.settle {
+            session.settle(request, &record);
+        }
         at_work.remove();
-        Ok(report)
+        Ok(record.report)
     }
 
     pub(crate) fn session<'a>(

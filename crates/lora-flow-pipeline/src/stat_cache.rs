@@ -109,6 +109,12 @@ impl StatCache {
         Ok(known.filter(|k| k.stamp == stamp).map(|k| k.digest))
     }
 
+    /// The stamp of a file that is as it was when it was hashed, and cannot change unseen.
+    pub(crate) fn lasting(&self, path: &Path) -> Option<Stamp> {
+        let known = self.state().files.get(path)?.stamp;
+        Stamp::of(path).ok().filter(|stamp| *stamp == known)
+    }
+
     /// Digests of files, in their order; those not known are read, several at a time.
     pub(crate) fn digests(&self, paths: &[PathBuf]) -> Result<Vec<Digest>> {
         paths
@@ -169,17 +175,22 @@ impl StatCache {
         let saved = Saved { version: VERSION, files: std::mem::take(&mut state.files) };
         let bytes = serde_json::to_vec(&saved);
         state.files = saved.files;
-        let mut bytes = bytes?;
-        let checksum = Digest::of_bytes(&bytes);
-        bytes.extend_from_slice(format!("\n{checksum}\n").as_bytes());
+        let bytes = with_checksum(bytes?);
         store.write_atomic(&store.stat_cache_path(), &bytes, Sync::No)?;
         state.changed = false;
         Ok(())
     }
 }
 
-/// The JSON of a saved cache, if its checksum fits.
-fn checked(bytes: &[u8]) -> Option<&[u8]> {
+/// JSON on a line, and its digest on the next.
+pub(crate) fn with_checksum(mut json: Vec<u8>) -> Vec<u8> {
+    let checksum = Digest::of_bytes(&json);
+    json.extend_from_slice(format!("\n{checksum}\n").as_bytes());
+    json
+}
+
+/// The JSON that [`with_checksum`] was given, if its checksum fits.
+pub(crate) fn checked(bytes: &[u8]) -> Option<&[u8]> {
     let text = bytes.strip_suffix(b"\n")?;
     let end = text.iter().rposition(|b| *b == b'\n')?;
     let (json, checksum) = (&text[..end], &text[end + 1..]);

@@ -57,7 +57,7 @@ pub(crate) const STORE_DIR: &str = crate::publish::STORE;
 const FORMAT_FILE: &str = "format";
 
 /// Everything that may stand at the top of a store.
-const NAMES: [&str; 14] = [
+const NAMES: [&str; 15] = [
     FORMAT_FILE,
     ".gitignore",
     "stat-cache.json",
@@ -66,6 +66,7 @@ const NAMES: [&str; 14] = [
     "entries",
     "last",
     "runs",
+    "settled",
     "pins",
     "state",
     "plugins",
@@ -162,8 +163,9 @@ impl Store {
         self.dir.join("runs")
     }
 
-    pub(crate) fn last_dir(&self) -> PathBuf {
-        self.dir.join("last")
+    /// The file of the last keys of a pipeline's tasks.
+    pub(crate) fn last_path(&self, pipeline: &str) -> PathBuf {
+        self.dir.join("last").join(format!("{}.jsonl", file_name_of(pipeline)))
     }
 
     pub(crate) fn stat_cache_path(&self) -> PathBuf {

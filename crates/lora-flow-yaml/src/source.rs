@@ -179,6 +179,11 @@ impl Sources {
         Self { whole: source.clone(), parts: vec![(0, source.clone())] }
     }
 
+    /// Path and text of each file; joined by line feeds the texts are the whole.
+    pub fn texts(&self) -> impl Iterator<Item = (&Path, &str)> {
+        self.parts.iter().map(|(_, source)| (source.path.as_path(), &*source.text))
+    }
+
     /// Adds a file and returns where it starts.
     pub fn append(&mut self, source: &Arc<SourceFile>) -> usize {
         let start = self.whole.text.len() + 1;

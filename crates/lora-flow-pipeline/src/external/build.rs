@@ -8,6 +8,7 @@ use lora_flow_core::{Digest, Error, Event, LogLevel, Result, ResultExt, TaskCont
 
 use super::folder_digest;
 use super::process::{self, Heard, Program};
+use super::sandbox::Confinement;
 use crate::plugin_manifest::PluginManifest;
 use crate::store::{FileLock, Store, Sync, remove_all, write_file};
 
@@ -55,11 +56,12 @@ fn build(
     let mut command = process::build_command(manifest, products, cx.scratch())?;
     command.env(BUILD_DIR, products);
     let program = Program { plugin: &manifest.name };
-    let end = program.run(command, Vec::new(), cx.cancel_token(), |heard| {
-        let (Heard::Output(message) | Heard::Error(message)) = heard;
-        cx.event(Event::Log { level: LogLevel::Debug, message });
-        Ok(())
-    })?;
+    let end =
+        program.run(&command, &Confinement::default(), Vec::new(), cx.cancel_token(), |heard| {
+            let (Heard::Output(message) | Heard::Error(message)) = heard;
+            cx.event(Event::Log { level: LogLevel::Debug, message });
+            Ok(())
+        })?;
     end.judge_build()?;
     if folder_digest(&manifest.dir)? != digest {
         return Err(Error::new("the build changed the plugin's own folder").with_hint(format!(

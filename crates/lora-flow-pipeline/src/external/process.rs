@@ -3,15 +3,17 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use lora_flow_core::{CancelToken, Error, Result, ResultExt};
 
+use super::sandbox::Confinement;
+use super::spawn::{self, Started};
 use crate::plugin_manifest::PluginManifest;
 
 /// Longest line of standard output in bytes. Data goes through files.
@@ -64,7 +66,6 @@ pub(super) struct End {
 pub(super) fn command(
     manifest: &PluginManifest,
     products: Option<&Path>,
-    work_dir: &Path,
     scratch: &Path,
 ) -> Result<Command> {
     let mut words = manifest.command.iter().enumerate().map(|(i, word)| {
@@ -82,8 +83,8 @@ pub(super) fn command(
     });
     let program = words.next().unwrap_or_else(|| Err(Error::new("the command is empty")))?;
     let mut command = Command::new(program);
-    command.args(words.collect::<Result<Vec<_>>>()?).current_dir(work_dir);
-    environment(&mut command, manifest, scratch)?;
+    command.args(words.collect::<Result<Vec<_>>>()?).current_dir(scratch);
+    environment(&mut command, manifest, scratch);
     Ok(command)
 }
 
@@ -98,7 +99,7 @@ pub(super) fn build_command(
     let [program, args @ ..] = words else { return Err(Error::new("the build command is empty")) };
     let mut command = Command::new(place(&manifest.dir, &word(program), true));
     command.args(args.iter().map(word)).current_dir(&manifest.dir);
-    environment(&mut command, manifest, scratch)?;
+    environment(&mut command, manifest, scratch);
     Ok(command)
 }
 
@@ -112,17 +113,14 @@ fn place(dir: &Path, word: &str, is_program: bool) -> OsString {
 }
 
 /// Nothing but what is named, and a folder for temporary files that is cleaned up.
-fn environment(command: &mut Command, manifest: &PluginManifest, scratch: &Path) -> Result<()> {
-    let tmp = scratch.join("tmp");
-    fs_err::create_dir_all(&tmp)?;
-    command.env_clear().env("TMPDIR", tmp);
+fn environment(command: &mut Command, manifest: &PluginManifest, scratch: &Path) {
+    command.env_clear().env("TMPDIR", scratch);
     let names = ALWAYS.into_iter().chain(manifest.variables());
     for name in names.filter(|n| *n != "TMPDIR") {
         if let Some(value) = std::env::var_os(name) {
             command.env(name, value);
         }
     }
-    Ok(())
 }
 
 /// What the reading threads send.
@@ -139,17 +137,16 @@ impl Program<'_> {
     /// When it cannot be started, [`Error::cancelled`] when it was cancelled, or what `hear` says.
     pub(super) fn run(
         &self,
-        mut command: Command,
+        command: &Command,
+        confinement: &Confinement,
         input: Vec<u8>,
         cancel: &CancelToken,
         mut hear: impl FnMut(Heard) -> Result<()>,
     ) -> Result<End> {
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.process_group(0);
-        die_with_parent(&mut command);
-        let child = command.spawn().map_err(|e| self.cannot_start(&command, &e))?;
-        let mut group = Group { child, status: None };
-        let receiver = attach(&mut group.child, input);
+        let started = spawn::spawn(command, confinement);
+        let started = started.map_err(|e| self.cannot_start(command, &e))?;
+        let mut group = Group { id: started.id, status: None };
+        let receiver = attach(started, input);
 
         let mut last_errors = VecDeque::new();
         let mut stopping: Option<(Instant, Error)> = None;
@@ -229,25 +226,21 @@ impl Program<'_> {
 }
 
 /// Threads that feed the process and listen to it. The channel closes with its pipes.
-fn attach(child: &mut Child, input: Vec<u8>) -> mpsc::Receiver<Message> {
+fn attach(started: Started, input: Vec<u8>) -> mpsc::Receiver<Message> {
+    let Started { mut stdin, stdout, stderr, .. } = started;
     // Bounded: a process that floods its output is slowed down, not buffered.
     let (sender, receiver) = mpsc::sync_channel(256);
-    if let Some(mut stdin) = child.stdin.take() {
-        // A closed pipe is no error.
-        if input.len() <= ALWAYS_FITS {
-            drop(stdin.write_all(&input));
-        } else {
-            // It may never read: a full pipe must not hold up the rest.
-            thread::spawn(move || drop(stdin.write_all(&input)));
-        }
+    // A closed pipe is no error.
+    if input.len() <= ALWAYS_FITS {
+        drop(stdin.write_all(&input));
+        drop(stdin);
+    } else {
+        // It may never read: a full pipe must not hold up the rest.
+        thread::spawn(move || drop(stdin.write_all(&input)));
     }
-    if let Some(stdout) = child.stdout.take() {
-        let sender = sender.clone();
-        thread::spawn(move || listen_to_output(stdout, &sender));
-    }
-    if let Some(stderr) = child.stderr.take() {
-        thread::spawn(move || listen_to_errors(stderr, &sender));
-    }
+    let to_output = sender.clone();
+    thread::spawn(move || listen_to_output(stdout, &to_output));
+    thread::spawn(move || listen_to_errors(stderr, &sender));
     receiver
 }
 
@@ -330,20 +323,17 @@ fn next_line(reader: &mut impl BufRead, limit: usize, rest: Rest) -> Option<(Str
 
 /// A process and all it started. Whatever happens, none of them outlives this.
 struct Group {
-    child: Child,
+    /// Number of the process that leads it, and of the group.
+    id: libc::pid_t,
     status: Option<ExitStatus>,
 }
 
 impl Group {
-    fn id(&self) -> libc::pid_t {
-        self.child.id() as libc::pid_t
-    }
-
     fn signal(&self, signal: libc::c_int) {
         if self.status.is_none() {
             // SAFETY: a plain system call. The leader has not been waited for, so that its
             // number still names this group.
-            unsafe { libc::kill(-self.id(), signal) };
+            unsafe { libc::kill(-self.id, signal) };
         }
     }
 
@@ -353,7 +343,7 @@ impl Group {
         let (result, info) = unsafe {
             let mut info: libc::siginfo_t = std::mem::zeroed();
             let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-            (libc::waitid(libc::P_PID, self.child.id(), &mut info, flags), info)
+            (libc::waitid(libc::P_PID, self.id as libc::id_t, &mut info, flags), info)
         };
         if result != 0 {
             let e = std::io::Error::last_os_error();
@@ -366,7 +356,7 @@ impl Group {
     /// Ends what the leader left behind, and takes its status.
     fn close(&mut self) -> Result<ExitStatus> {
         self.signal(libc::SIGKILL);
-        let status = self.child.wait().context("cannot wait for the plugin's process")?;
+        let status = spawn::wait(self.id).context("cannot wait for the plugin's process")?;
         self.status = Some(status);
         Ok(status)
     }
@@ -454,28 +444,3 @@ fn signal_name(signal: i32) -> Option<&'static str> {
         _ => return None,
     })
 }
-
-/// Lets the system kill the process when the thread that started it dies, that is, with this
-/// process: the thread waits for it.
-#[cfg(target_os = "linux")]
-fn die_with_parent(command: &mut Command) {
-    let parent = std::process::id() as libc::pid_t;
-    let hook = move || {
-        // SAFETY: `prctl` and `getppid` are plain system calls, allowed after `fork`.
-        unsafe {
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-            // The parent may have died before the request took effect.
-            if libc::getppid() != parent {
-                return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
-            }
-        }
-        Ok(())
-    };
-    // SAFETY: the hook only makes system calls and allocates nothing.
-    unsafe { command.pre_exec(hook) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn die_with_parent(_: &mut Command) {}

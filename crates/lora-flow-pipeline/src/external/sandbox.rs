@@ -24,28 +24,36 @@ pub(super) struct Scope {
     pub(super) local_sockets: bool,
 }
 
-/// Takes from the process that a command starts what the scope does not hold. Returns what this
-/// system cannot take, in words that go after
-/// the plugin's name.
+/// What a process gives up before it becomes its program; nothing by default.
+#[derive(Debug, Default)]
+pub(super) struct Confinement {
+    #[cfg(target_os = "linux")]
+    files: Option<std::os::fd::OwnedFd>,
+    #[cfg(target_os = "linux")]
+    sockets: Option<Box<[libc::sock_filter]>>,
+}
+
+/// How to take from a command's process what the scope does not hold, and what this system cannot
+/// take, in words that go after the plugin's name.
 ///
 /// # Errors
 /// When the kernel knows how but refuses.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn confine(_: &mut Command, scope: &Scope) -> Result<Option<&'static str>> {
+pub(super) fn confine(_: &Command, scope: &Scope) -> Result<(Confinement, Option<&'static str>)> {
     tracing::trace!("not confined: {scope:?}");
-    Ok(Some("can read and write all that you can, and use the network"))
+    Ok((Confinement {}, Some("can read and write all that you can, and use the network")))
 }
 
-/// Takes from the process that a command starts what the scope does not hold. Returns what this
-/// system cannot take, in words that go after
-/// the plugin's name.
+/// How to take from a command's process what the scope does not hold, and what this system cannot
+/// take, in words that go after the plugin's name.
 ///
 /// # Errors
 /// When the kernel knows how but refuses.
 #[cfg(target_os = "linux")]
-pub(super) fn confine(command: &mut Command, scope: &Scope) -> Result<Option<&'static str>> {
-    use std::os::unix::process::CommandExt;
-
+pub(super) fn confine(
+    command: &Command,
+    scope: &Scope,
+) -> Result<(Confinement, Option<&'static str>)> {
     let files = linux::files(command, scope)?;
     let sockets = (!scope.network).then(|| linux::sockets(scope.local_sockets));
     let gap = match (&files, &sockets) {
@@ -57,10 +65,7 @@ pub(super) fn confine(command: &mut Command, scope: &Scope) -> Result<Option<&'s
         }
         (Some(_), _) => None,
     };
-    let sockets = sockets.flatten();
-    // SAFETY: the hook only makes system calls and allocates nothing.
-    unsafe { command.pre_exec(move || linux::enforce(files.as_ref(), sockets.as_deref())) };
-    Ok(gap)
+    Ok((Confinement { files, sockets: sockets.flatten() }, gap))
 }
 
 /// Where this system keeps what programs need to run at all.
@@ -130,7 +135,6 @@ fn programs(command: &Command) -> Vec<PathBuf> {
 #[cfg(target_os = "linux")]
 mod linux {
     use std::collections::HashMap;
-    use std::io;
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::os::unix::fs::MetadataExt;
     use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -304,36 +308,43 @@ mod linux {
         libc::sock_filter { code: code as u16, jt, jf, k }
     }
 
-    /// Takes the rights from the calling process. It allocates nothing.
-    pub(super) fn enforce(
-        files: Option<&OwnedFd>,
-        sockets: Option<&[libc::sock_filter]>,
-    ) -> io::Result<()> {
-        let check = |result: libc::c_long| match result {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        };
-        // SAFETY: plain system calls; the filter outlives the one that reads it.
-        unsafe {
-            // Without this the kernel takes neither: a program with more rights could be misled.
-            check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
-            if let Some(files) = files {
-                check(libc::syscall(libc::SYS_landlock_restrict_self, files.as_raw_fd(), 0))?;
+    impl Confinement {
+        /// Takes the rights from the calling process, which shares its memory with its parent: it
+        /// makes system calls alone.
+        ///
+        /// # Errors
+        /// The number of what the kernel refused.
+        pub(in crate::external) fn enforce(&self) -> Result<(), libc::c_int> {
+            let check = |result: libc::c_long| match result {
+                0 => Ok(()),
+                // SAFETY: the calling thread's own place.
+                _ => Err(unsafe { *libc::__errno_location() }),
+            };
+            if self.files.is_none() && self.sockets.is_none() {
+                return Ok(());
             }
-            if let Some(sockets) = sockets {
-                let program = libc::sock_fprog {
-                    len: sockets.len() as libc::c_ushort,
-                    filter: sockets.as_ptr().cast_mut(),
-                };
-                check(libc::syscall(
-                    libc::SYS_seccomp,
-                    libc::SECCOMP_SET_MODE_FILTER,
-                    0,
-                    &program,
-                ))?;
+            // SAFETY: plain system calls; the filter outlives the one that reads it.
+            unsafe {
+                // Without this the kernel takes neither: a program with more rights could be misled.
+                check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
+                if let Some(files) = &self.files {
+                    check(libc::syscall(libc::SYS_landlock_restrict_self, files.as_raw_fd(), 0))?;
+                }
+                if let Some(sockets) = &self.sockets {
+                    let program = libc::sock_fprog {
+                        len: sockets.len() as libc::c_ushort,
+                        filter: sockets.as_ptr().cast_mut(),
+                    };
+                    check(libc::syscall(
+                        libc::SYS_seccomp,
+                        libc::SECCOMP_SET_MODE_FILTER,
+                        0,
+                        &program,
+                    ))?;
+                }
             }
+            Ok(())
         }
-        Ok(())
     }
 }
 

@@ -92,7 +92,7 @@ echo '{{"event":"summary","name":"files","value":2}}'
 echo '{{"event":"report","text":"a table"}}'
 echo '{{"event":"meta","output":"out","value":{{"rows":3}}}}'
 echo "to the log" >&2
-in=$(printf '%s' "$request" | sed 's/.*"path":"\([^"]*inputs\/in\/1\)".*/\1/')
+in=$(printf '%s' "$request" | sed 's/.*"path":"\([^"]*inputs\/in\.1\)".*/\1/')
 cat "$in/text" > "$out/text"
 printf '%s' "$request" > "$out/request.json"
 pwd > "$out/pwd"
@@ -124,7 +124,7 @@ env > "$out/env"
     assert_eq!(request["inputs"]["in"][0]["reference"], "a");
     assert_eq!(request["inputs"]["in"][1]["kind"], "Files");
     let scratch = request["scratch"].as_str().unwrap();
-    assert!(read("pwd").trim().ends_with(&format!("{}/work", scratch.rsplit('/').next().unwrap())));
+    assert!(read("pwd").trim().ends_with(&format!("{}", scratch.rsplit('/').next().unwrap())));
     assert!(!Path::new(scratch).exists(), "gone with the task");
     let names: Vec<String> =
         read("env").lines().filter_map(|l| Some(l.split_once('=')?.0.to_owned())).collect();

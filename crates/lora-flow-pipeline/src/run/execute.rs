@@ -401,10 +401,8 @@ impl Work<'_> {
             by_port.entry(input.port.clone()).or_default().push(named);
         }
         let mut outputs = BTreeMap::new();
-        let out = folder.join("out");
-        fs_err::create_dir(&out)?;
         for port in &self.task.outputs.ports {
-            let path = out.join(&port.name);
+            let path = folder.join(format!("out.{}", port.name));
             fs_err::create_dir(&path)?;
             let kind = *port
                 .kinds

@@ -55,17 +55,20 @@ pub(super) struct Publication<'a> {
     pub(super) target: &'a Path,
 }
 
+/// Whether a folder holds what a pipeline published there, by sizes and times.
+pub(super) fn is_current(target: &Path, pipeline: &str, artifact: &Digest) -> bool {
+    let same = |(name, file): (&String, &Published)| {
+        size_and_mtime(&target.join(name)).ok() == Some((file.size, file.mtime))
+    };
+    read_marker(target).is_some_and(|m| {
+        m.artifact == *artifact && m.pipeline == pipeline && m.files.iter().all(same)
+    })
+}
+
 impl Publication<'_> {
     /// Whether the folder is as it must be, by sizes and times.
     pub(super) fn is_current(&self) -> bool {
-        let marker = read_marker(self.target);
-        marker.is_some_and(|m| {
-            m.artifact == self.artifact.digest
-                && m.pipeline == self.pipeline
-                && m.files.iter().all(|(name, file)| {
-                    size_and_mtime(&self.target.join(name)).ok() == Some((file.size, file.mtime))
-                })
-        })
+        is_current(self.target, self.pipeline, &self.artifact.digest)
     }
 
     /// Brings the folder up to date.

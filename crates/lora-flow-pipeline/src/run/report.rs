@@ -7,6 +7,7 @@ use std::time::Duration;
 use lora_flow_core::{ArtifactKind, CancelToken, DeviceSpec, Digest, Event};
 use serde::{Deserialize, Serialize};
 
+use super::settled::Request;
 use crate::pinned::Pinned;
 use crate::plan::PlannedTask;
 use crate::reason::Reason;
@@ -33,6 +34,8 @@ pub struct RunOptions {
     pub pinned: Pinned,
     /// The command line, for the record.
     pub command_line: Vec<String>,
+    /// The command, if it may leave a note when there was nothing to do.
+    pub settle: Option<Request>,
 }
 
 /// A GPU of a run.

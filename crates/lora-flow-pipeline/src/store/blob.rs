@@ -5,7 +5,7 @@
 //! and the bytes are hashed before they are trusted again. Only what changes bytes behind the file
 //! system's back (a failing disk) needs `cache verify` to be found.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, Metadata, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -102,7 +102,7 @@ impl Store {
             return false;
         }
         // A file system that keeps whole seconds alone cannot keep the mark.
-        if matches!(meta.mtime_nsec(), 0 | SEALED_NSEC) {
+        if is_marked(&meta) || meta.mtime_nsec() == 0 {
             return true;
         }
         let sound = hash_file(&path).is_ok_and(|found| found == *digest);
@@ -116,7 +116,7 @@ impl Store {
     /// safe from cleaning, which leaves what was used since a run at work began.
     pub(super) fn use_blob(&self, digest: &Digest, size: u64) -> bool {
         let Ok(_gate) = self.gate() else { return false };
-        self.has_blob(digest, size) && Self::touch_with(&self.blob_path(digest), mark)
+        self.has_blob(digest, size) && Self::touch(&self.blob_path(digest))
     }
 
     /// Gives a synced file its name among the objects.
@@ -148,6 +148,11 @@ pub(super) fn mark(file: &File) -> std::io::Result<()> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     // A second back: no time of a file lies in the future.
     file.set_modified(SystemTime::UNIX_EPOCH + Duration::new(now.as_secs().max(1) - 1, SEALED))
+}
+
+/// Whether a file carries the mark.
+pub(super) fn is_marked(meta: &Metadata) -> bool {
+    meta.mtime_nsec() == SEALED_NSEC
 }
 
 /// All files below a folder with their names relative to it.

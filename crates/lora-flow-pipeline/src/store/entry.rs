@@ -13,9 +13,11 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::blob::{Staged, check_name, seal};
+use super::blob::{Staged, check_name, is_marked, seal};
+use super::gc::is_recent;
 use super::{Store, Sync, list_sharded, rename_into, sync_dir, write_file};
 use crate::key::Explained;
+use crate::stat_cache::with_checksum;
 
 /// Tasks shorter than this are not worth waiting for the disk to learn their entry's name: if the
 /// machine dies within seconds, they run again.
@@ -109,10 +111,7 @@ impl Entry {
     }
 
     pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = serde_json::to_vec(self)?;
-        let checksum = Digest::of_bytes(&bytes);
-        bytes.extend_from_slice(format!("\n{checksum}\n").as_bytes());
-        Ok(bytes)
+        Ok(with_checksum(serde_json::to_vec(self)?))
     }
 
     /// What is wrong with its key or its manifests, if anything is.
@@ -226,6 +225,25 @@ impl Store {
     /// The entry under a key as far as it can be read, for reasons; its blobs may be gone.
     pub(crate) fn peek(&self, key: &Digest) -> Option<Entry> {
         Entry::parse(&std::fs::read(self.entry_path(key)).ok()?, key).ok()
+    }
+
+    /// The same with the size of its file.
+    pub(crate) fn sized_entry(&self, key: &Digest) -> Option<(Entry, u64)> {
+        let bytes = std::fs::read(self.entry_path(key)).ok()?;
+        Some((Entry::parse(&bytes, key).ok()?, bytes.len() as u64))
+    }
+
+    /// Whether the entry is there, was used lately, and was not written to since it was last read: by
+    /// its size, time and mark alone.
+    pub(crate) fn is_sealed_entry(&self, key: &Digest, size: u64) -> bool {
+        let meta = std::fs::metadata(self.entry_path(key));
+        meta.is_ok_and(|m| m.len() == size && is_marked(&m) && is_recent(&m))
+    }
+
+    /// Whether the blob is there and was not written to since it was sealed, likewise.
+    pub(crate) fn is_sealed_blob(&self, digest: &Digest, size: u64) -> bool {
+        let meta = std::fs::metadata(self.blob_path(digest));
+        meta.is_ok_and(|m| m.is_file() && m.len() == size && is_marked(&m))
     }
 
     /// The entry under a key, to read only; its blobs may be gone, and nothing is set aside.

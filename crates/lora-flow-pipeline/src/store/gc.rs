@@ -6,12 +6,13 @@
 //! gate ([`super::lock`]) that cleaning has for itself while it decides and deletes.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use lora_flow_core::{CancelToken, Digest, Result, ResultExt};
 
+use super::blob::{is_marked, mark};
 use super::entry::info;
 use super::{
     Entry, EntryInfo, FileLock, Store, digest_of_path, list_dir, list_sharded, remove_all,
@@ -19,7 +20,13 @@ use super::{
 use crate::record;
 
 /// What was touched within this time is not touched again: times of use are that coarse.
-pub(super) const TOUCH: Duration = Duration::from_secs(3600);
+const TOUCH: Duration = Duration::from_secs(3600);
+
+/// Whether a file was used so lately that its time need not be set again.
+pub(super) fn is_recent(meta: &Metadata) -> bool {
+    let age = meta.modified().map(|m| SystemTime::now().duration_since(m));
+    age.is_ok_and(|age| age.map_or(true, |age| age < TOUCH))
+}
 
 /// What [`Store::gc`] keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,7 +174,7 @@ impl Store {
         reached: &HashSet<Digest>,
         is_young: &dyn Fn(&Path) -> bool,
     ) -> Result<()> {
-        for folder in ["state", "plugins", "quarantine"] {
+        for folder in ["state", "plugins", "quarantine", "settled"] {
             for path in list_dir(&self.dir.join(folder))? {
                 // A state that a recent run left is taken up again by the next one.
                 let key = path.file_name().and_then(|n| n.to_str()?.parse::<Digest>().ok());
@@ -190,16 +197,11 @@ impl Store {
         Ok(())
     }
 
-    /// Marks an entry as used now.
+    /// Marks an entry or a blob, whose bytes are known to be right, as used now, unless it was
+    /// lately; `false` if it is gone.
     pub(super) fn touch(path: &Path) -> bool {
-        Self::touch_with(path, |file| file.set_modified(SystemTime::now()))
-    }
-
-    /// Marks an entry or a blob as used now by `mark`, unless it was lately; `false` if it is gone.
-    pub(super) fn touch_with(path: &Path, mark: fn(&File) -> std::io::Result<()>) -> bool {
-        let Ok(modified) = std::fs::metadata(path).and_then(|m| m.modified()) else { return false };
-        let now = SystemTime::now();
-        if now.duration_since(modified).is_ok_and(|age| age >= TOUCH) {
+        let Ok(meta) = std::fs::metadata(path) else { return false };
+        if !is_marked(&meta) || !is_recent(&meta) {
             // A store that can only be read is not cleaned either.
             let _ = File::open(path).and_then(|file| mark(&file));
         }

@@ -22,6 +22,8 @@ mod tasks;
 mod verdict;
 mod why;
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use lora_flow_core::{Artifact, Error};
@@ -78,9 +80,7 @@ fn load(args: &PipelineArgs) -> Result<&'static Plan, Failure> {
         targets: args.targets.clone(),
         until: args.until.clone(),
         from: args.from.clone(),
-        env: std::env::vars_os()
-            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
-            .collect(),
+        env: environment(),
         builtin: crate::BUILTIN,
     };
     let plan = compile(&args.pipeline, &options)?;
@@ -88,6 +88,12 @@ fn load(args: &PipelineArgs) -> Result<&'static Plan, Failure> {
         ui::render_diagnostics("warning", &plan.warnings);
     }
     Ok(Box::leak(Box::new(plan)))
+}
+
+/// The variables of this process that are text.
+fn environment() -> BTreeMap<String, String> {
+    let text = |(k, v): (OsString, OsString)| Some((k.into_string().ok()?, v.into_string().ok()?));
+    std::env::vars_os().filter_map(text).collect()
 }
 
 /// The engine over the store of a pipeline.
@@ -103,9 +109,7 @@ fn remote() -> Result<Option<Remote>, Failure> {
     let Some(url) = global.remote.as_deref().filter(|url| !url.is_empty()) else {
         return Ok(None);
     };
-    let variables = std::env::vars_os()
-        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-    let bucket = Bucket::open(url, variables, Patience::default()).map_err(Failure::Usage)?;
+    let bucket = Bucket::open(url, environment(), Patience::default()).map_err(Failure::Usage)?;
     Ok(Some(Remote::new(Box::new(bucket), global.remote_read_only)))
 }
 

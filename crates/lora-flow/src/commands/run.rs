@@ -3,15 +3,22 @@
 use std::path::Path;
 
 use lora_flow_core::{CancelToken, DeviceSpec};
-use lora_flow_pipeline::{Gpu, Pinned, RunOptions, RunReport, Status, TaskOutcome};
+use lora_flow_pipeline::{
+    Engine, Gpu, Pinned, Request, RunOptions, RunReport, Status, TaskOutcome, store_of,
+};
 
-use crate::args::RunArgs;
+use crate::args::{ChoiceArgs, PipelineArgs, RunArgs};
 use crate::commands::{annotations, ci, verdict};
 use crate::table::{duration, table};
 use crate::ui::{self, Failure};
 use crate::{commands, progress};
 
 pub fn run(args: &RunArgs) -> Result<i32, Failure> {
+    let request = request(args);
+    if let Some(report) = settled(args, request.as_ref())? {
+        print_report(&report);
+        return Ok(report.exit_code());
+    }
     let plan = commands::load(&args.pipeline)?;
     commands::plan::check_forced(plan, &args.choice.force)?;
     // A device that cannot be had is better known now than after the tasks before training.
@@ -60,6 +67,7 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         cancel,
         pinned,
         command_line: std::env::args().collect(),
+        settle: request,
     };
     let report = engine.run(plan, &options, progress::observer(args.ci))?;
     if args.json {
@@ -77,6 +85,33 @@ pub fn run(args: &RunArgs) -> Result<i32, Failure> {
         commands::lock::write(&engine, plan, &args.pipeline, device)?;
     }
     Ok(report.exit_code())
+}
+
+/// The command, if a note of an earlier run may answer it: one that only prints what it did, on the
+/// processor, and asks for nothing out of the ordinary.
+fn request(args: &RunArgs) -> Option<Request> {
+    let PipelineArgs { pipeline, set, params_file, targets, until, from } = &args.pipeline;
+    let ChoiceArgs { force, device } = &args.choice;
+    let plain = params_file.is_none()
+        && from.is_empty()
+        && force.is_empty()
+        && *device == DeviceSpec::Cpu
+        && !(args.dry_run || args.locked || args.update_lock || args.json || args.ci)
+        && ui::global().remote.is_none();
+    let cache_dir = &ui::global().cache_dir;
+    let options = serde_json::json!([set, targets, until, cache_dir]).to_string();
+    plain.then(|| Request::new(pipeline, &options, commands::environment()))?
+}
+
+/// The report of a run that had nothing to do, by the note of an earlier one.
+fn settled(args: &RunArgs, request: Option<&Request>) -> Result<Option<RunReport>, Failure> {
+    let cache_dir = ui::global().cache_dir.as_deref();
+    let pipeline = &args.pipeline.pipeline;
+    let store = request.and_then(|request| store_of(request, pipeline, cache_dir));
+    let (Some(request), Some(store)) = (request, store) else { return Ok(None) };
+    let command_line = std::env::args().collect();
+    let observer = progress::observer(args.ci);
+    Ok(Engine::over(store).run_settled(request, command_line, &*observer)?)
 }
 
 /// The GPUs of a run: as many as were asked for, or the one that the device names, or, for

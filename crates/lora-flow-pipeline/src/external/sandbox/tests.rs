@@ -18,7 +18,7 @@ use crate::run::{ErrorRecord, Status};
 fn can_confine() -> bool {
     let scope =
         Scope { readable: Vec::new(), writable: Vec::new(), network: false, local_sockets: false };
-    match confine(&mut Command::new("true"), &scope).unwrap() {
+    match confine(&Command::new("true"), &scope).unwrap().1 {
         None => true,
         Some(gap) => {
             eprintln!("passed over: on this system a plugin {gap}");
@@ -66,7 +66,7 @@ fn the_store_and_other_processes_are_out_of_reach() {
     }
     // Its inputs can be read, but neither written nor its neighbours seen.
     let mut plugin = Plugin::new(&format!(
-        "{OUT}in=$(printf '%s' \"$request\" | sed 's/.*\"path\":\"\\([^\"]*inputs\\/in\\/0\\)\".*/\\1/')\n\
+        "{OUT}in=$(printf '%s' \"$request\" | sed 's/.*\"path\":\"\\([^\"]*inputs\\/in\\.0\\)\".*/\\1/')\n\
          cat $in/text > $out/text\nblob=$(readlink $in/text)\n\
          ! echo x >> $in/text || exit 9\n! ls $(dirname $blob) || exit 8\n! ln $blob $out/hard || exit 7\n\
          ! kill -0 {} || exit 6\n{DONE}",

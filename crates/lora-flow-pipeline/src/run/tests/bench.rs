@@ -187,6 +187,7 @@ impl Bench {
         Plan {
             name: self.name.clone(),
             description: String::new(),
+            plugins: Vec::new(),
             env: Vec::new(),
             sources: Sources::new(&source),
             source,
