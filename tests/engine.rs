@@ -245,7 +245,7 @@ fn plugins_see_the_gpus_that_they_were_given() {
         + &work(
             "all",
             "inputs: { in: [one, two, none] }, publish: out,",
-            "cat $scratch/inputs/in/*/f > $out/f",
+            "cat $scratch/inputs/in.*/f > $out/f",
         );
     let project = project(&tasks);
     let mut command = project.command(&["run", "pipeline.yaml", "--gpus", "2", "--jobs", "2"]);
@@ -256,4 +256,156 @@ fn plugins_see_the_gpus_that_they_were_given() {
         said == "1=GPU-a\n2=GPU-a,GPU-b\n0=\n" || said == "1=GPU-b\n2=GPU-a,GPU-b\n0=\n",
         "{said}"
     );
+}
+
+/// The last line of a run, without what differs from run to run.
+fn last_line(ran: &Ran) -> String {
+    let line = ran.stdout.lines().last().unwrap();
+    line.split(" · ").nth(1).unwrap().to_owned()
+}
+
+#[test]
+fn a_run_with_nothing_to_do_leaves_a_note_and_the_next_one_says_the_same() {
+    let project =
+        project(&format!("{}{}", work("a", "", QUICK), work("b", "inputs: { in: a },", QUICK)));
+    let run = || project.expect(0, &["run", "pipeline.yaml"]);
+    let notes = || std::fs::read_dir(project.path(".lora-flow/settled")).map_or(0, Iterator::count);
+    assert_eq!((last_line(&run()).as_str(), notes()), ("2 ran", 0));
+    let first = run();
+    assert_eq!((last_line(&first).as_str(), notes()), ("2 cached", 1));
+    let before = project.latest();
+    let second = run();
+    let table = |ran: &Ran| ran.stdout.rsplit_once("\nrun ").unwrap().0.to_owned();
+    assert_eq!(table(&first), table(&second));
+    let after = project.latest();
+    for part in ["tasks", "name"] {
+        assert_eq!(before[part], after[part]);
+    }
+    assert_ne!(before["run_id"], after["run_id"]);
+    // Its record is as whole as any other.
+    let runs = project.expect(0, &["runs", "--json"]).stdout;
+    assert_eq!(serde_json::from_str::<Value>(&runs).unwrap().as_array().unwrap().len(), 3);
+    let strings = |ran: &Ran| {
+        let id = ran.stdout.rsplit_once("\nrun ").unwrap().1.split(' ').next().unwrap().to_owned();
+        let folder = project.path(&format!(".lora-flow/runs/{id}"));
+        let mut names: Vec<_> =
+            std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(strings(&first), strings(&second));
+    // Another command has a note of its own.
+    project.expect(0, &["run", "pipeline.yaml", "--target", "a"]);
+    assert_eq!(notes(), 2);
+}
+
+#[test]
+fn whatever_changes_is_seen_in_spite_of_a_note() {
+    let script = "echo $SEEN > $out/g; cat $(dirname $0)/data/* > $out/f";
+    let project = project(&work("t", "publish: out/t,", script));
+    project.write("plugin/data/one", "1\n");
+    let manifest = std::fs::read_to_string(project.path("plugin/plugin.yaml")).unwrap();
+    project.write("plugin/plugin.yaml", manifest.replace("tasks:", "env: [SEEN]\ntasks:"));
+    let run = |seen: Option<&str>| {
+        let mut command = project.command(&["run", "pipeline.yaml"]);
+        seen.map(|value| command.env("SEEN", value));
+        let ran: Ran = command.output().unwrap().into();
+        assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
+        last_line(&ran)
+    };
+    let settled = |seen: Option<&str>| {
+        for _ in 0..3 {
+            assert_eq!(run(seen), "1 cached");
+        }
+    };
+    let published = |name: &str| std::fs::read_to_string(project.path("out/t").join(name)).unwrap();
+    assert_eq!(run(None), "1 ran");
+    settled(None);
+
+    // A file of the plugin, a new one among them, a variable.
+    project.write("plugin/data/one", "2\n");
+    assert_eq!((run(None).as_str(), published("f").as_str()), ("1 ran", "2\n"));
+    settled(None);
+    project.write("plugin/data/two", "3\n");
+    assert_eq!((run(None).as_str(), published("f").as_str()), ("1 ran", "2\n3\n"));
+    settled(None);
+    assert_eq!((run(Some("x")).as_str(), published("g").as_str()), ("1 ran", "x\n"));
+    settled(Some("x"));
+    assert_eq!(run(Some("y")), "1 ran");
+    settled(None);
+
+    // What was published was edited: it is put right.
+    project.write("out/t/f", "edited\n");
+    assert_eq!((run(None).as_str(), published("f").as_str()), ("1 cached", "2\n3\n"));
+    settled(None);
+
+    // The pipeline itself.
+    let text = std::fs::read_to_string(project.path("pipeline.yaml")).unwrap();
+    project.write("pipeline.yaml", text.replace("$SEEN", "new"));
+    assert_eq!((run(None).as_str(), published("g").as_str()), ("1 ran", "new\n"));
+    settled(None);
+
+    // Damage in the store: an entry, then a blob, then the note itself.
+    for folder in ["entries", "objects"] {
+        for file in files_below(&project.path(&format!(".lora-flow/{folder}"))) {
+            let mut bytes = std::fs::read(&file).unwrap();
+            bytes[0] ^= 1;
+            let mut permissions = std::fs::metadata(&file).unwrap().permissions();
+            #[allow(clippy::permissions_set_readonly_false)]
+            permissions.set_readonly(false);
+            std::fs::set_permissions(&file, permissions).unwrap();
+            std::fs::write(&file, bytes).unwrap();
+        }
+        assert_eq!(run(None), "1 ran", "{folder}");
+        settled(None);
+    }
+    for file in files_below(&project.path(".lora-flow/settled")) {
+        let mut bytes = std::fs::read(&file).unwrap();
+        let at = bytes.len() / 2;
+        bytes[at] ^= 1;
+        std::fs::write(&file, bytes).unwrap();
+    }
+    settled(None);
+    assert_eq!(published("f"), "2\n3\n");
+}
+
+#[test]
+fn outside_files_are_looked_at_in_spite_of_a_note() {
+    let project = Project::empty();
+    project.write("data/a.jsonl", "{\"text\": \"one\"}\n");
+    project.write(
+        "pipeline.yaml",
+        "name: p\ntasks:\n  rows: { uses: ingest, with: { files: \"data/*.jsonl\" } }\n",
+    );
+    // A file that changed within two seconds is not taken to be known.
+    let age = |name: &str| {
+        let then = std::time::SystemTime::now() - Duration::from_secs(100);
+        let file = std::fs::File::options().write(true).open(project.path(name)).unwrap();
+        file.set_modified(then).unwrap();
+    };
+    let run = || last_line(&project.expect(0, &["run", "pipeline.yaml"]));
+    let notes = || std::fs::read_dir(project.path(".lora-flow/settled")).map_or(0, Iterator::count);
+    assert_eq!(run(), "1 ran");
+    assert_eq!((run().as_str(), notes()), ("1 cached", 0), "its time of change is too young");
+    std::thread::sleep(Duration::from_millis(2100));
+    assert_eq!((run().as_str(), notes()), ("1 cached", 1), "hashed once more, and known now");
+    assert_eq!(run(), "1 cached");
+    project.write("data/a.jsonl", "{\"text\": \"two\"}\n");
+    age("data/a.jsonl");
+    assert_eq!(run(), "1 ran");
+    project.write("data/b.jsonl", "{\"text\": \"more\"}\n");
+    assert_eq!(run(), "1 ran");
+    std::fs::remove_file(project.path("data/b.jsonl")).unwrap();
+    assert_eq!(run(), "1 cached");
+}
+
+fn files_below(dir: &Path) -> Vec<std::path::PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+        match entry.path().is_dir() {
+            true => files.extend(files_below(&entry.path())),
+            false => files.push(entry.path()),
+        }
+    }
+    files
 }

@@ -29,6 +29,7 @@ mod hash;
 mod lock;
 pub(crate) mod remote;
 mod verify;
+mod view;
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};

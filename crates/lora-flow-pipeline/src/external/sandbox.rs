@@ -134,10 +134,12 @@ fn programs(command: &Command) -> Vec<PathBuf> {
 
 #[cfg(target_os = "linux")]
 mod linux {
-    use std::collections::HashMap;
+    use std::collections::{HashMap, HashSet};
+    use std::ffi::OsString;
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::os::unix::fs::MetadataExt;
     use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+    use std::time::{Duration, Instant};
 
     use landlock::{
         ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -175,14 +177,8 @@ mod linux {
             let mut ruleset = ruleset.create()?;
             let read = AccessFs::from_read(NEWEST);
             let all = AccessFs::from_all(NEWEST);
-            let system = SYSTEM.iter().map(Path::new);
-            let programs = programs(command);
-            for path in system.chain(programs.iter().map(PathBuf::as_path)) {
-                ruleset = allow_known(ruleset, path, read)?;
-            }
-            let devices = DEVICES.iter().map(Path::new);
-            for path in devices.chain(nvidia().iter().map(PathBuf::as_path)) {
-                ruleset = allow_known(ruleset, path, all)?;
+            for (fd, access) in shared(command).iter() {
+                ruleset = ruleset.add_rule(PathBeneath::new(fd, *access))?;
             }
             for path in &scope.readable {
                 ruleset = allow(ruleset, path, read)?;
@@ -205,30 +201,46 @@ mod linux {
         ruleset.add_rule(PathBeneath::new(fd, access))
     }
 
-    /// The same for a path that all tasks share: it stays open, for as long as the same file or
-    /// folder stands there.
-    fn allow_known(
-        ruleset: RulesetCreated,
-        path: &Path,
-        access: BitFlags<AccessFs>,
-    ) -> Result<RulesetCreated, landlock::RulesetError> {
-        /// Device, inode and what is open.
-        type Known = HashMap<PathBuf, (u64, u64, Arc<PathFd>)>;
+    /// What is open, and what may be done with it.
+    type Rule = (PathFd, BitFlags<AccessFs>);
+
+    /// How long it is taken for granted that the same programs stand at the same places.
+    const FRESH: Duration = Duration::from_secs(1);
+
+    /// What all processes of a program may touch: the system, programs and devices. Finding that out
+    /// takes hundreds of system calls, so short tasks that follow each other share the answer.
+    fn shared(command: &Command) -> Arc<Vec<Rule>> {
+        type Known = HashMap<(OsString, PathBuf), (Instant, Arc<Vec<Rule>>)>;
         static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
-        let Ok(meta) = std::fs::metadata(path) else { return Ok(ruleset) };
-        let access = if meta.is_dir() { access } else { access & AccessFs::from_file(NEWEST) };
+        // The folders that differ from try to try are the store's own.
+        let start = command.get_current_dir().unwrap_or(Path::new("/"));
+        let above = start.ancestors().nth(2).unwrap_or(start).to_owned();
+        let name = (command.get_program().to_owned(), above);
         let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
         let known = known.get_or_insert_default();
-        let fd = match known.get(path) {
-            Some((dev, ino, fd)) if (*dev, *ino) == (meta.dev(), meta.ino()) => fd.clone(),
-            _ => {
-                let Ok(fd) = PathFd::new(path) else { return Ok(ruleset) };
-                let fd = Arc::new(fd);
-                known.insert(path.to_owned(), (meta.dev(), meta.ino(), fd.clone()));
-                fd
+        known.retain(|_, (found, _)| found.elapsed() < FRESH);
+        if let Some((_, rules)) = known.get(&name) {
+            return rules.clone();
+        }
+        let (read, all) = (AccessFs::from_read(NEWEST), AccessFs::from_all(NEWEST));
+        let mut paths: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
+        paths.extend(programs(command));
+        let mut seen = HashSet::new();
+        let mut rules = Vec::new();
+        let devices = DEVICES.iter().map(PathBuf::from).chain(nvidia().iter().cloned());
+        let paths = paths.into_iter().map(|p| (p, read)).chain(devices.map(|p| (p, all)));
+        for (path, access) in paths {
+            let Ok(meta) = std::fs::metadata(&path) else { continue };
+            if !seen.insert((meta.dev(), meta.ino())) {
+                continue;
             }
-        };
-        ruleset.add_rule(PathBeneath::new(&*fd, access))
+            let Ok(fd) = PathFd::new(&path) else { continue };
+            let access = if meta.is_dir() { access } else { access & AccessFs::from_file(NEWEST) };
+            rules.push((fd, access));
+        }
+        let rules = Arc::new(rules);
+        known.insert(name, (Instant::now(), rules.clone()));
+        rules
     }
 
     fn nvidia() -> &'static [PathBuf] {
