@@ -15,8 +15,8 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Keys of a block: scores of QUERY_ROWS × KEYS stay in the second-level cache.
-const KEYS: usize = 256;
+/// Keys of a block: scores of QUERY_ROWS × KEYS stay in the first-level cache.
+const KEYS: usize = 128;
 /// Distance of two rows of scores: not a power of two, whose rows would share cache sets.
 const STRIDE: usize = KEYS + PANEL;
 /// Rows that are multiplied together with one range of the other side.

@@ -11,22 +11,8 @@ pub(super) const STEP: usize = 16;
 /// Rows of a tile.
 pub(super) const HEIGHT: usize = 16;
 
-/// True if the processor has AMX for `bf16` and the system lets this process use it.
-pub(super) fn available() -> bool {
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    {
-        use std::sync::LazyLock;
-        static AVAILABLE: LazyLock<bool> = LazyLock::new(x86::ask);
-        *AVAILABLE
-    }
-    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-    {
-        false
-    }
-}
-
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(super) use x86::amx;
+pub(super) use x86::{amx, available};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod x86 {
@@ -34,13 +20,20 @@ mod x86 {
     use crate::simd::{Raw, has_bf16_pairs};
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+    use std::sync::LazyLock;
 
     /// Columns of a panel.
     const WIDTH: usize = 32;
 
+    /// True if the processor has AMX for `bf16` and the system lets this process use it.
+    pub(in super::super) fn available() -> bool {
+        static AVAILABLE: LazyLock<bool> = LazyLock::new(ask);
+        *AVAILABLE
+    }
+
     /// Looks for the feature, then asks the system for the tiles' state: Linux gives it to a
     /// process on request only.
-    pub(super) fn ask() -> bool {
+    fn ask() -> bool {
         // Intel SDM 2A, CPUID leaf 7: EDX bit 22 AMX-BF16, bit 24 AMX-TILE.
         const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
         // XCR0: tile configuration and tile data.

@@ -12,14 +12,13 @@
 //! Each element of C is a sum in an order that the depths alone decide, so results keep their bits
 //! for any number of threads.
 
+#[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
 mod amx;
 mod pack;
 #[cfg(test)]
 mod tests;
 
 use crate::common::Aligned;
-#[cfg(target_arch = "x86_64")]
-use crate::simd::has_bf16_pairs;
 use crate::simd::{Level, Raw, level, rows_in_tiles};
 use half::bf16;
 use rayon::prelude::*;
@@ -239,19 +238,14 @@ impl Kernels {
 
     /// What this processor has for pairs, the fastest first.
     fn all_pairs() -> Vec<Pairs> {
-        let mut all = Vec::new();
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if amx::available() {
-            // Rows of two tiles stay in the first-level cache while the panels, which lie in one
-            // piece, stream past them.
-            let (step, height) = (amx::STEP, amx::HEIGHT);
-            all.push(Pairs { kernel: amx::amx, step, height, rows: Some(2 * height) });
-        }
         #[cfg(target_arch = "x86_64")]
-        if has_bf16_pairs() {
-            all.push(Pairs { kernel: x86::pairs, step: 1, height: 1, rows: None });
+        {
+            x86::all_pairs()
         }
-        all
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            Vec::new()
+        }
     }
 }
 
@@ -262,7 +256,25 @@ unsafe fn baseline(raw: Raw, rows: usize) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use crate::simd::{Avx2, Avx512, Avx512Bf16, Raw, rows_in_tiles};
+    use super::Pairs;
+    #[cfg(target_os = "linux")]
+    use super::amx;
+    use crate::simd::{Avx2, Avx512, Avx512Bf16, Raw, has_bf16_pairs, rows_in_tiles};
+
+    pub(super) fn all_pairs() -> Vec<Pairs> {
+        let mut all = Vec::new();
+        #[cfg(target_os = "linux")]
+        if amx::available() {
+            // Rows of two tiles stay in the first-level cache while the panels, which lie in one
+            // piece, stream past them.
+            let (step, height) = (amx::STEP, amx::HEIGHT);
+            all.push(Pairs { kernel: amx::amx, step, height, rows: Some(2 * height) });
+        }
+        if has_bf16_pairs() {
+            all.push(Pairs { kernel: pairs, step: 1, height: 1, rows: None });
+        }
+        all
+    }
 
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn avx2(raw: Raw, rows: usize) {
