@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 /// Most query rows of a block: a multiple of the heights of all register tiles.
-pub(super) const QUERY_ROWS: usize = 96;
+pub(super) const QUERY_ROWS: usize = 48;
 
 /// The blocks of a batch and what each row sees. Depends on the lengths alone.
 #[derive(Debug)]
@@ -71,8 +71,11 @@ mod tests {
     #[test]
     fn short_documents_share_a_block_and_long_ones_do_not() {
         let cut = Blocks::new(&[0, 3, 10, 210, 210, 215, 310], None);
-        assert_eq!(cut.blocks, [0..10, 10..106, 106..202, 202..210, 210..215, 215..310]);
-        assert_eq!(cut.segments, [0..1, 1..4, 4..5, 5..6]);
+        let long = [10..58, 58..106, 106..154, 154..202, 202..210];
+        assert_eq!(cut.blocks[0], 0..10);
+        assert_eq!(cut.blocks[1..6], long);
+        assert_eq!(cut.blocks[6..], [210..215, 215..263, 263..310]);
+        assert_eq!(cut.segments, [0..1, 1..6, 6..7, 7..9]);
         assert_eq!(cut.first_seen.len(), 310);
         assert_eq!((cut.first_seen[9], cut.first_seen[209], cut.first_seen[214]), (3, 10, 210));
         assert_eq!(cut.tokens(&cut.segments[1]), 10..210);

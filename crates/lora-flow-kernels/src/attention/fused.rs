@@ -15,8 +15,10 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Keys of a block: scores of QUERY_ROWS × KEYS stay in the second-level cache.
-const KEYS: usize = 256;
+/// Keys of a block: scores of QUERY_ROWS × KEYS stay in the first-level cache.
+const KEYS: usize = 128;
+/// Distance of two rows of scores: not a power of two, whose rows would share cache sets.
+const STRIDE: usize = KEYS + PANEL;
 /// Rows that are multiplied together with one range of the other side.
 const ROWS: usize = 12;
 
@@ -104,7 +106,7 @@ impl Block<'_> {
         (0..len).step_by(ROWS).map(move |start| start..len.min(start + ROWS))
     }
 
-    /// `out` [rows, KEYS] = left · panelsᵀ for the keys that each row sees (and some others).
+    /// `out` [rows, STRIDE] = left · panelsᵀ for the keys that each row sees (and some others).
     fn times_keys(
         &self,
         out: &mut [f32],
@@ -119,8 +121,8 @@ impl Block<'_> {
                 continue;
             }
             let target = Target {
-                data: &mut out[rows.start * KEYS + first - keys.start..],
-                stride: KEYS,
+                data: &mut out[rows.start * STRIDE + first - keys.start..],
+                stride: STRIDE,
                 add: false,
             };
             let data = &left.data[(self.rows.start + rows.start) * left.stride..];
@@ -129,7 +131,7 @@ impl Block<'_> {
         }
     }
 
-    /// `out` [rows, `out_stride`] += weights [rows, KEYS] · panels over the keys of `keys`.
+    /// `out` [rows, `out_stride`] += weights [rows, STRIDE] · panels over the keys of `keys`.
     fn times_values(
         &self,
         out: &mut [f32],
@@ -144,8 +146,8 @@ impl Block<'_> {
             if seen.is_empty() {
                 continue;
             }
-            let data = &weights[rows.start * KEYS + seen.start - keys.start..];
-            let left = Left { data, row: KEYS, column: 1 };
+            let data = &weights[rows.start * STRIDE + seen.start - keys.start..];
+            let left = Left { data, row: STRIDE, column: 1 };
             for panel in 0..out_stride / PANEL {
                 let target = Target {
                     data: &mut out[rows.start * out_stride + panel * PANEL..],
@@ -176,8 +178,8 @@ impl Block<'_> {
             if rows.is_empty() {
                 continue;
             }
-            let data = &weights[rows.start * KEYS + first - keys.start..];
-            let left = Left { data, row: 1, column: KEYS };
+            let data = &weights[rows.start * STRIDE + first - keys.start..];
+            let left = Left { data, row: 1, column: STRIDE };
             for panel in 0..out_stride / PANEL {
                 let target = Target {
                     data: &mut out[(first - first_token) * out_stride + panel * PANEL..],
@@ -205,7 +207,7 @@ impl ForwardScratch {
     fn new(width: usize) -> Self {
         let o_stride = width.next_multiple_of(PANEL);
         Self {
-            scores: Aligned::zeros(QUERY_ROWS * KEYS),
+            scores: Aligned::zeros(QUERY_ROWS * STRIDE),
             o: Aligned::zeros(QUERY_ROWS * o_stride),
             o_stride,
             running: vec![(f32::NEG_INFINITY, 0.0); QUERY_ROWS],
@@ -226,7 +228,7 @@ impl ForwardScratch {
         for range in block.key_blocks() {
             block.times_keys(&mut self.scores, q, keys, kv_head, &range);
             for row in 0..block.len() {
-                let scores = &mut self.scores[row * KEYS..][..range.len()];
+                let scores = &mut self.scores[row * STRIDE..][..range.len()];
                 let seen = block.keys_seen(row..row + 1, &range);
                 let seen = seen.start - range.start..seen.end - range.start;
                 let o = &mut self.o[row * self.o_stride..][..self.o_stride];
@@ -318,7 +320,7 @@ impl BackwardInputs<'_> {
             Aligned::zeros(segment_tokens.len() * stride),
         );
         let (mut p, mut ds) =
-            (Aligned::zeros(QUERY_ROWS * KEYS), Aligned::zeros(QUERY_ROWS * KEYS));
+            (Aligned::zeros(QUERY_ROWS * STRIDE), Aligned::zeros(QUERY_ROWS * STRIDE));
         let mut dq = Aligned::zeros(QUERY_ROWS * stride);
         let (mut q_rows, mut grad_rows) =
             (Aligned::zeros(QUERY_ROWS * stride), Aligned::zeros(QUERY_ROWS * stride));
@@ -345,7 +347,7 @@ impl BackwardInputs<'_> {
                 for row in 0..block.len() {
                     let seen = block.keys_seen(row..row + 1, &range);
                     let seen = seen.start - range.start..seen.end - range.start;
-                    let cells = row * KEYS..row * KEYS + range.len();
+                    let cells = row * STRIDE..row * STRIDE + range.len();
                     let (p, ds) = (&mut p[cells.clone()], &mut ds[cells]);
                     score_gradient_row(p, ds, seen, self.scale, lse[row], delta[row]);
                 }

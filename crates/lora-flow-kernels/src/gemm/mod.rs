@@ -7,20 +7,22 @@
 //! a linear layer, the gradients that q, k and v send to their input) costs no pass over C.
 //!
 //! With [`Inputs::Bf16`] both operands of a term are rounded to `bf16` and multiplied with `f32`
-//! sums: by AVX512_BF16 where the processor has it, by widened numbers elsewhere.
+//! sums: by AMX where the processor has it ([`amx`]), else by AVX512_BF16, else by widened numbers.
 //!
 //! Each element of C is a sum in an order that the depths alone decide, so results keep their bits
 //! for any number of threads.
 
+#[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
+mod amx;
 mod pack;
 #[cfg(test)]
 mod tests;
 
 use crate::common::Aligned;
-use crate::simd::{Level, Raw, has_bf16_pairs, level, rows_in_tiles};
+use crate::simd::{Level, Raw, level, rows_in_tiles};
 use half::bf16;
 use rayon::prelude::*;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 /// A matrix inside a slice: element (i, j) at `i * row_stride + j * column_stride`.
 #[derive(Clone, Copy)]
@@ -113,13 +115,13 @@ impl<'a> Left<'a> {
         let rounded = match (inputs, kernels.pairs) {
             (Inputs::F32, _) => None,
             (Inputs::Bf16, None) => Some(pack::rounded(mat)),
-            (Inputs::Bf16, Some(_)) => Some(pack::rounded_pairs(mat)),
+            (Inputs::Bf16, Some(pairs)) => Some(pack::rounded_pairs(mat, pairs.step, pairs.height)),
         };
         Self { mat, rounded, kernels }
     }
 
     /// The kernel for pairs, if the products are made of them.
-    fn pairs(&self) -> Option<Kernel> {
+    fn pairs(&self) -> Option<Pairs> {
         self.kernels.pairs.filter(|_| self.rounded.is_some())
     }
 }
@@ -199,7 +201,19 @@ struct Kernels {
     width: usize,
     f32: Kernel,
     /// For pairs of `bf16` numbers, if there is such an instruction.
-    pairs: Option<Kernel>,
+    pairs: Option<Pairs>,
+}
+
+/// The loop for pairs of `bf16` numbers.
+#[derive(Clone, Copy)]
+struct Pairs {
+    kernel: Kernel,
+    /// Depths are filled up with zeros to multiples of so many pairs.
+    step: usize,
+    /// The left operand has rows up to a multiple of this, with anything in them.
+    height: usize,
+    /// Rows of C that meet a group of panels together, if not the usual number.
+    rows: Option<usize>,
 }
 
 /// Widest panel of all kernels.
@@ -207,15 +221,30 @@ const MAX_WIDTH: usize = 32;
 
 impl Kernels {
     fn best() -> Self {
-        let pairs: Option<Kernel> = None;
-        #[cfg(target_arch = "x86_64")]
-        let pairs = has_bf16_pairs().then_some(x86::pairs as Kernel).or(pairs);
+        static BEST: LazyLock<Kernels> = LazyLock::new(Kernels::choose);
+        *BEST
+    }
+
+    fn choose() -> Self {
+        let pairs = Self::all_pairs().into_iter().next();
         match level() {
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => Self { width: 32, f32: x86::avx512, pairs },
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => Self { width: 16, f32: x86::avx2, pairs },
             Level::Baseline => Self { width: 8, f32: baseline, pairs },
+        }
+    }
+
+    /// What this processor has for pairs, the fastest first.
+    fn all_pairs() -> Vec<Pairs> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            x86::all_pairs()
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            Vec::new()
         }
     }
 }
@@ -227,7 +256,25 @@ unsafe fn baseline(raw: Raw, rows: usize) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use crate::simd::{Avx2, Avx512, Avx512Bf16, Raw, rows_in_tiles};
+    use super::Pairs;
+    #[cfg(target_os = "linux")]
+    use super::amx;
+    use crate::simd::{Avx2, Avx512, Avx512Bf16, Raw, has_bf16_pairs, rows_in_tiles};
+
+    pub(super) fn all_pairs() -> Vec<Pairs> {
+        let mut all = Vec::new();
+        #[cfg(target_os = "linux")]
+        if amx::available() {
+            // Rows of two tiles stay in the first-level cache while the panels, which lie in one
+            // piece, stream past them.
+            let (step, height) = (amx::STEP, amx::HEIGHT);
+            all.push(Pairs { kernel: amx::amx, step, height, rows: Some(2 * height) });
+        }
+        if has_bf16_pairs() {
+            all.push(Pairs { kernel: pairs, step: 1, height: 1, rows: None });
+        }
+        all
+    }
 
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn avx2(raw: Raw, rows: usize) {
@@ -272,6 +319,8 @@ struct Block<'a> {
     before: usize,
     kernel: Kernel,
     pairs: bool,
+    /// Rows of C that meet a group of panels together, where the kernel has a say in it.
+    rows: Option<usize>,
 }
 
 // Safety: the pointer goes to a shared slice.
@@ -289,12 +338,14 @@ unsafe fn run(c: C, mode: Into, terms: &[Term<'_>]) {
         let depth = a.columns;
         // Pairs take half the room.
         let most = if pairs.is_some() { 2 * DEPTH } else { DEPTH };
-        let step = depth.div_ceil(depth.div_ceil(most).max(1)).next_multiple_of(8);
+        let unit = pairs.map_or(1, |pairs| pairs.step);
+        let step = depth.div_ceil(depth.div_ceil(most).max(1)).next_multiple_of(8.max(2 * unit));
         for start in (0..depth).step_by(step.max(1)) {
             let end = depth.min(start + step);
             let (a, row, column, rows) = match (&term.a.rounded, pairs) {
                 (Some(a), Some(_)) => {
-                    (&a[start / 2..], depth.div_ceil(2), 1, (end - start).div_ceil(2))
+                    let pairs = |depth: usize| depth.div_ceil(2).next_multiple_of(unit);
+                    (&a[start / 2..], pairs(depth), 1, pairs(end - start))
                 }
                 (Some(a), None) => (&a[start..], depth, 1, end - start),
                 (None, _) => {
@@ -310,8 +361,9 @@ unsafe fn run(c: C, mode: Into, terms: &[Term<'_>]) {
                 end,
                 depth: rows,
                 before: rows_of_panels,
-                kernel: pairs.unwrap_or(kernels.f32),
+                kernel: pairs.map_or(kernels.f32, |pairs| pairs.kernel),
                 pairs: pairs.is_some(),
+                rows: pairs.and_then(|pairs| pairs.rows),
             });
             rows_of_panels += rows;
         }
@@ -391,6 +443,7 @@ impl Sum<'_> {
             let groups = count.div_ceil(group);
             // Thin products are cut finer, so that all threads have work to the end.
             let rows = if groups < 3 { ROWS / 2 } else { ROWS };
+            let rows = self.blocks[0].rows.unwrap_or(rows);
             let packed = &packed[..];
             (0..self.m.div_ceil(rows) * groups).into_par_iter().for_each(|task| {
                 let start = task / groups * rows;
@@ -412,6 +465,9 @@ impl Sum<'_> {
         let term = block.term;
         let rounded = term.a.rounded.is_some();
         let place = pack::Place { depth: block.start..block.end, columns, width: self.width };
+        let used = if block.pairs { place.depth.len().div_ceil(2) } else { place.depth.len() };
+        let (out, filling) = out.split_at_mut(used * self.width);
+        filling.fill(0.0);
         match (term.b, block.pairs) {
             (Right::F32(b), true) => pack::pairs_f32(out, b, place),
             (Right::Bf16(b), true) => pack::pairs_bf16(out, b, place),

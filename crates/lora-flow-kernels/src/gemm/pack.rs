@@ -111,7 +111,6 @@ fn pairs<M: Isa, T: Copy>(
     get: impl Fn(T) -> u16 + Copy,
 ) {
     let Place { depth, columns, width } = place;
-    let join = |low: u16, high: u16| f32::from_bits(u32::from(low) | (u32::from(high) << 16));
     if b.column_stride == 1 {
         for (first, out) in depth.clone().step_by(2).zip(out.chunks_exact_mut(width)) {
             // The partner of a lone row is zero.
@@ -120,9 +119,18 @@ fn pairs<M: Isa, T: Copy>(
             let high =
                 if lone { low } else { &b.data[(first + 1) * b.row_stride..][columns.clone()] };
             let keep = if lone { 0 } else { u16::MAX };
+            let pair = |low: T, high: T| join(get(low), get(high) & keep);
+            if let (Some(out), Some(low), Some(high)) =
+                (out.first_chunk_mut::<32>(), low.first_chunk::<32>(), high.first_chunk::<32>())
+            {
+                for j in 0..32 {
+                    out[j] = pair(low[j], high[j]);
+                }
+                continue;
+            }
             out[low.len()..].fill(0.0);
             for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
-                *out = join(get(low), get(high) & keep);
+                *out = pair(low, high);
             }
         }
         return;
@@ -138,11 +146,19 @@ fn pairs<M: Isa, T: Copy>(
             return None;
         }
         let from: &[T; 16] = b.data[2 * pair + j * b.column_stride..].first_chunk()?;
-        Some(std::array::from_fn(|i| join(get(from[2 * i]), get(from[2 * i + 1]))))
+        let halves: [u16; 16] = std::array::from_fn(|i| get(from[i]));
+        // Safety: any 32 bytes are eight floats.
+        Some(unsafe { std::mem::transmute::<[u16; 16], [f32; 8]>(halves) })
     };
     let run = (b.row_stride == 1).then_some(run);
     // A range of the depth begins at an even place.
     turned::<M>(out, depth.start / 2..end.div_ceil(2), columns, width, cell, run);
+}
+
+/// Two numbers in `bf16` in the order of memory.
+#[inline(always)]
+fn join(low: u16, high: u16) -> f32 {
+    f32::from_bits(u32::from(low) | (u32::from(high) << 16))
 }
 
 /// A panel whose columns are rows in memory: `cell(k, column)` is one number, `run(k, column)` the
@@ -210,21 +226,26 @@ const ROWS: usize = 16;
 
 /// A left operand rounded to `bf16`, in floats, row-major.
 pub(super) fn rounded(a: Mat<'_>) -> Scratch {
-    each_row(a, a.columns, round_row)
+    each_row(a, a.columns, 1, round_row)
 }
 
-/// A left operand rounded to `bf16`, in pairs along its rows, row-major. The last number of an odd
-/// row gets a zero as its partner.
-pub(super) fn rounded_pairs(a: Mat<'_>) -> Scratch {
-    each_row(a, a.columns.div_ceil(2), pair_row)
+/// A left operand rounded to `bf16`, in pairs along its rows, row-major. Rows are filled up with
+/// zeros to a multiple of `step` pairs; their number is brought to a multiple of `height`.
+pub(super) fn rounded_pairs(a: Mat<'_>, step: usize, height: usize) -> Scratch {
+    each_row(a, a.columns.div_ceil(2).next_multiple_of(step), height, pair_row)
 }
 
-fn each_row(a: Mat<'_>, width: usize, each: impl Fn(&mut [f32], &[f32]) + Sync) -> Scratch {
-    let mut out = Scratch::new(a.rows * width);
+fn each_row(
+    a: Mat<'_>,
+    width: usize,
+    height: usize,
+    each: impl Fn(&mut [f32], &[f32]) + Sync,
+) -> Scratch {
+    let mut out = Scratch::new(a.rows.next_multiple_of(height) * width);
     if width == 0 {
         return out;
     }
-    out.par_chunks_mut(ROWS * width).enumerate().for_each(|(index, out)| {
+    out[..a.rows * width].par_chunks_mut(ROWS * width).enumerate().for_each(|(index, out)| {
         let mut gathered = Vec::new();
         for (i, out) in out.chunks_exact_mut(width).enumerate() {
             let start = (index * ROWS + i) * a.row_stride;
@@ -246,14 +267,13 @@ fn round_row_body<M: Isa>(out: &mut [f32], values: &[f32]) {
     out.iter_mut().zip(values).for_each(|(out, &x)| *out = widened(rounded_bits(x)));
 }
 
+/// Pairs along a row, in the order of memory, are the row itself in `bf16`.
 #[inline(always)]
 fn pair_row_body<M: Isa>(out: &mut [f32], values: &[f32]) {
-    let (pairs, rest) = values.as_chunks::<2>();
-    for (out, &[low, high]) in out.iter_mut().zip(pairs) {
-        let bits = u32::from(rounded_bits(low)) | (u32::from(rounded_bits(high)) << 16);
-        *out = f32::from_bits(bits);
-    }
-    if let ([last], Some(out)) = (rest, out.last_mut()) {
-        *out = f32::from_bits(u32::from(rounded_bits(*last)));
-    }
+    // Safety: a float is two 16-bit numbers, and any bits are such numbers.
+    let out: &mut [u16] =
+        unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), 2 * out.len()) };
+    let (out, filling) = out.split_at_mut(values.len());
+    filling.fill(0);
+    out.iter_mut().zip(values).for_each(|(out, &x)| *out = rounded_bits(x));
 }

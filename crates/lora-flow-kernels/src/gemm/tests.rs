@@ -17,6 +17,7 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
 
 fn all_kernels() -> Vec<Kernels> {
     let mut all = vec![Kernels { width: 8, f32: baseline, pairs: None }];
+    all.push(Kernels { width: 32, f32: wide, pairs: Some(TILES) });
     #[cfg(target_arch = "x86_64")]
     {
         if level() != Level::Baseline {
@@ -25,11 +26,49 @@ fn all_kernels() -> Vec<Kernels> {
         if level() == Level::Avx512 {
             all.push(Kernels { width: 32, f32: x86::avx512, pairs: None });
         }
-        if has_bf16_pairs() {
-            all.push(Kernels { width: 32, f32: x86::avx512, pairs: Some(x86::pairs) });
-        }
+        let pairs = Kernels::all_pairs().into_iter();
+        all.extend(pairs.map(|p| Kernels { width: 32, f32: x86::avx512, pairs: Some(p) }));
     }
     all
+}
+
+/// What [`amx::amx`] does, written out: tests how operands are packed for it on any processor.
+const TILES: Pairs =
+    Pairs { kernel: tiles, step: amx::STEP, height: amx::HEIGHT, rows: Some(2 * amx::HEIGHT) };
+
+unsafe fn wide(raw: Raw, rows: usize) {
+    // Safety: by the caller.
+    unsafe { rows_in_tiles!(raw, rows, crate::simd::Baseline, 8, [1]) }
+}
+
+unsafe fn tiles(raw: Raw, rows: usize) {
+    const WIDTH: usize = 32;
+    assert!(raw.depth.is_multiple_of(amx::STEP) && raw.column == 1);
+    let halves = |x: f32| {
+        let bits = x.to_bits();
+        [bits << 16, bits & 0xffff_0000].map(f32::from_bits)
+    };
+    for i in 0..rows.next_multiple_of(amx::HEIGHT) {
+        let mut sums = [0f32; WIDTH];
+        // Safety: the left operand has whole tiles of rows, the destination `rows`.
+        unsafe {
+            let c = std::slice::from_raw_parts_mut(
+                raw.c.add(i.min(rows - 1) * raw.stride),
+                if i < rows { WIDTH } else { 0 },
+            );
+            if raw.add && i < rows {
+                sums.copy_from_slice(c);
+            }
+            for k in 0..raw.depth {
+                let [a0, a1] = halves(raw.a.add(i * raw.row + k).read());
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    let [b0, b1] = halves(raw.b.add(k * WIDTH + j).read());
+                    *sum += a0 * b0 + a1 * b1;
+                }
+            }
+            c.copy_from_slice(&sums[..c.len()]);
+        }
+    }
 }
 
 /// An operand [rows, columns], stored as its transpose where `turned` says so.

@@ -98,16 +98,10 @@ impl Isa for Avx512Bf16 {
 }
 
 /// Whether this processor multiplies pairs of `bf16` numbers.
+#[cfg(target_arch = "x86_64")]
 #[inline]
 pub(crate) fn has_bf16_pairs() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        false
-    }
+    level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16")
 }
 
 /// The instruction sets by name, for the choice at run time.
