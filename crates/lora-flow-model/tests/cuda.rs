@@ -162,7 +162,7 @@ fn compare(
 ) -> (f64, f64) {
     let mut grads = LoraGrads::zeros(lora);
     let want = model.cpu.loss_and_grad(batch, lora, options, &mut grads).unwrap();
-    let mut training = cuda.training(lora, 1.0).unwrap();
+    let mut training = cuda.training(lora, 1.0, 0).unwrap();
     let got = cuda.loss_and_grad(batch, &mut training, options).unwrap();
     let found = training.gradients(cuda, lora).unwrap().concat();
     let expected: Vec<f32> = grads.tensors().flatten().copied().collect();
@@ -216,6 +216,53 @@ fn losses_and_gradients_are_the_cpus() {
         }
     }
     assert!(bad.is_empty(), "{bad:?}");
+}
+
+/// Whether activations stay, go to the host or are computed again, the gradients have the same bits.
+#[test]
+fn what_is_kept_and_where_changes_no_bit() {
+    let Some(gpu) = gpu() else { return };
+    let config = ModelConfig { num_hidden_layers: 9, ..config() };
+    let model = model(&config, 3);
+    // With the lowest layers left out, which keep nothing, and with all.
+    let [upper, all] = [1..9, 0..9].map(|layers| {
+        let layers_to_transform = Some(layers.collect());
+        model.lora(&LoraConfig { layers_to_transform, r: 4, ..LoraConfig::default() }, 8)
+    });
+    let batches = [4, 5].map(|seed| batch(config.vocab_size, &[70, 133, 1], seed));
+    let run = |lora: &Lora, limit: Option<u64>, host: u64, checkpoint: Checkpoint| {
+        let mut cuda = model.on(&gpu, DType::BF16);
+        cuda.set_memory_limit(limit);
+        cuda.assume_fast_copies();
+        let mut training = cuda.training(lora, 1.0, host).unwrap();
+        // Two passes: the second finds the buffers as the first left them.
+        for batch in &batches {
+            cuda.loss_and_grad(batch, &mut training, &options(batch, checkpoint, None)).unwrap();
+        }
+        let gradients = training.gradients(&cuda, lora).unwrap().concat();
+        (cuda.kept(), cuda.on_host(), gradients, gpu.memory().0)
+    };
+    let (kept, _, want, most) = run(&upper, None, 0, Checkpoint::None);
+    assert_eq!(kept, [8, 0, 0]);
+    let size = (256 * (2 * config.intermediate_size).next_multiple_of(64) * 2) as u64;
+    let mut seen = Vec::new();
+    for less in 1..16 {
+        // Room on the host for three layers, for all, or for none.
+        let host = [3 * size, 1 << 30, 0][less as usize % 3];
+        let (kept, _, got, _) = run(&upper, Some(most - less * size), host, Checkpoint::None);
+        assert_eq!(got, want, "{kept:?}");
+        seen.push(kept);
+    }
+    eprintln!("here, away, again: {seen:?}");
+    assert!(seen.iter().any(|kept| kept[1] > 0), "{seen:?}");
+    assert!(seen.iter().any(|kept| kept[2] > 0), "{seen:?}");
+
+    let (_, _, want, _) = run(&all, None, 0, Checkpoint::None);
+    for host in [0, 1 << 30] {
+        let (_, on_host, got, _) = run(&all, None, host, Checkpoint::Full);
+        assert_eq!(on_host, host > 0);
+        assert_eq!(got, want, "checkpointing, {host} bytes on the host");
+    }
 }
 
 #[test]
@@ -330,7 +377,7 @@ fn ten_steps_follow_the_cpu_and_resume_to_the_same_bits() {
         // the host and another training goes on from there.
         let on_gpu = |pause: u64| {
             let cuda = model.on(&gpu, dtype);
-            let mut training = cuda.training(&start, 1.0).unwrap();
+            let mut training = cuda.training(&start, 1.0, 0).unwrap();
             let mut losses = Vec::new();
             for step in 1..=10 {
                 training.clear();
@@ -339,7 +386,7 @@ fn ten_steps_follow_the_cpu_and_resume_to_the_same_bits() {
                 training.step(&factors(step)).unwrap();
                 if step == pause {
                     let state = training.state().unwrap();
-                    training = cuda.training(&start, 1.0).unwrap();
+                    training = cuda.training(&start, 1.0, 0).unwrap();
                     training.restore(&state).unwrap();
                 }
             }
@@ -423,7 +470,7 @@ fn out_of_memory_is_an_error_and_no_end() {
     let hog = gpu.alloc::<u8>(free.saturating_sub(64 << 20)).unwrap();
     let lora = model.lora(&LoraConfig { r: 4, lora_alpha: 8.0, ..LoraConfig::default() }, 5);
     let big = batch(131, &[200; 1000], 6);
-    let mut training = cuda.training(&lora, 1.0).unwrap();
+    let mut training = cuda.training(&lora, 1.0, 0).unwrap();
     let e = cuda
         .loss_and_grad(&big, &mut training, &options(&big, Checkpoint::None, None))
         .unwrap_err();

@@ -41,7 +41,9 @@ impl<'a> Learner<'a> {
     pub fn new(decoder: &'a Decoder, lora: &Lora, settings: AdamWSettings) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = decoder.cuda() {
-            let training = Box::new(cuda.training(lora, settings.b_ratio)?);
+            // Half of what the host has left is enough for what does not fit on the device.
+            let host = crate::memory::available_bytes().unwrap_or(0) / 2;
+            let training = Box::new(cuda.training(lora, settings.b_ratio, host)?);
             return Ok(Self { decoder, state: State::Cuda { settings, training } });
         }
         let (optimizer, grads) = (AdamW::new(lora, settings)?, LoraGrads::zeros(lora));

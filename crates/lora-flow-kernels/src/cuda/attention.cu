@@ -62,22 +62,37 @@ __device__ void attn_fwd(T* o, size_t ldo, float* lse, const T* q, size_t ldq, c
 BOTH(attn_fwd, ATTN_FWD,
      (o, ldo, lse, q, ldq, k, v, ldk, first, tokens, shift, heads, group, dim, scale, window))
 
-// delta[h, i] = Σ do·o.
+// delta[h, i] = Σ do·o of token i = blockIdx.x. Eight values a lane where the lanes of a head are
+// then a power of two, else a warp a head.
 template <typename T>
 __device__ void attn_delta(float* delta, const T* d, size_t ldd, const T* o, size_t ldo, int tokens,
-                           int dim) {
-  const int i = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), h = blockIdx.y;
-  if (i >= tokens) return;
-  const int lane = threadIdx.x & 31;
-  const T *a = d + (size_t)i * ldd + h * dim, *b = o + (size_t)i * ldo + h * dim;
-  float s = 0.f;
-  for (int n = lane; n < dim; n += 32) s += widen(a[n]) * widen(b[n]);
-  s = warp_sum(s);
-  if (lane == 0) delta[(size_t)h * tokens + i] = s;
+                           int heads, int dim) {
+  const int i = blockIdx.x, per = dim / 8;
+  const bool whole = dim % 8 == 0 && per <= 32 && (per & (per - 1)) == 0;
+  const int lanes = whole ? per : 32, lane = threadIdx.x & (lanes - 1);
+  // All lanes of a warp stay to the end: they give each other their sums.
+  for (int at = 0; at < heads; at += blockDim.x / lanes) {
+    const int h = at + threadIdx.x / lanes;
+    float s = 0.f;
+    if (h < heads) {
+      const T *a = d + (size_t)i * ldd + h * dim, *b = o + (size_t)i * ldo + h * dim;
+      if (whole) {
+        float x[8], y[8];
+        load8(a + lane * 8, x);
+        load8(b + lane * 8, y);
+#pragma unroll
+        for (int n = 0; n < 8; n++) s += x[n] * y[n];
+      } else {
+        for (int n = lane; n < dim; n += 32) s += widen(a[n]) * widen(b[n]);
+      }
+    }
+    for (int n = lanes / 2; n > 0; n >>= 1) s += __shfl_xor_sync(0xffffffffu, s, n);
+    if (lane == 0 && h < heads) delta[(size_t)h * tokens + i] = s;
+  }
 }
-#define ATTN_DELTA(T) \
-  (float* delta, const T* d, size_t ldd, const T* o, size_t ldo, int tokens, int dim)
-BOTH(attn_delta, ATTN_DELTA, (delta, d, ldd, o, ldo, tokens, dim))
+#define ATTN_DELTA(T)                                                                          \
+  (float* delta, const T* d, size_t ldd, const T* o, size_t ldo, int tokens, int heads, int dim)
+BOTH(attn_delta, ATTN_DELTA, (delta, d, ldd, o, ldo, tokens, heads, dim))
 
 // dq[i, h]; q, k, v share a stride, and dq, dk, dv another.
 template <typename T>

@@ -4,8 +4,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::Element;
-use super::driver::DevicePtr;
-use super::gpu::{CudaError, Gpu};
+use super::driver::{DevicePtr, TensorMap};
+use super::gpu::{CudaError, FlashShape, Gpu, check};
 use super::ops::{Mat, int, kernel, launch};
 
 type Result<T> = std::result::Result<T, CudaError>;
@@ -56,6 +56,58 @@ impl Attention {
     }
 }
 
+/// A matrix in bf16 as the copy engine sees it: boxes of `rows` rows and 64 columns, laid down as
+/// the tensor cores read them.
+fn map(gpu: &Gpu, (at, ld): Mat, columns: usize, tokens: usize, rows: usize) -> Result<TensorMap> {
+    const BF16: i32 = 9;
+    const SWIZZLE_128: i32 = 3;
+    const FETCH_128: i32 = 2;
+    let mut map = TensorMap::default();
+    // Safety: two sizes, one stride, as the rank says.
+    let code = unsafe {
+        (gpu.driver.tensor_map)(
+            &mut map,
+            BF16,
+            2,
+            at,
+            [columns as u64, tokens as u64].as_ptr(),
+            [2 * ld as u64].as_ptr(),
+            [64, rows as u32].as_ptr(),
+            [1, 1].as_ptr(),
+            0,
+            SWIZZLE_128,
+            FETCH_128,
+            0,
+        )
+    };
+    check(gpu.driver, code, "describe a matrix to the copy engine")?;
+    Ok(map)
+}
+
+impl Attention {
+    /// Map of q, or of what has its shape, for blocks of `rows` rows.
+    fn map_q(&self, gpu: &Gpu, of: Mat, rows: usize) -> Result<TensorMap> {
+        map(gpu, of, self.heads * self.dim, self.tokens, rows)
+    }
+
+    fn map_kv(&self, gpu: &Gpu, rows: usize) -> Result<[TensorMap; 2]> {
+        let one = |at| map(gpu, (at, self.ld), self.kv_heads * self.dim, self.tokens, rows);
+        Ok([one(self.k)?, one(self.v)?])
+    }
+
+    /// Name, shape, grid and blocks of a fast kernel.
+    fn pass(
+        &self,
+        gpu: &Gpu,
+        pass: usize,
+        heads: usize,
+    ) -> (String, FlashShape, (u32, u32), DevicePtr) {
+        let name = format!("flash_{}_{}", ["fwd", "dq", "dkv"][pass], self.dim);
+        let (tiles, count) = self.tiles[pass];
+        (name, gpu.flash(self.dim, pass), (count as u32, heads as u32), tiles)
+    }
+}
+
 /// o [N, heads·dim] and lse [heads, N].
 ///
 /// # Errors
@@ -68,12 +120,34 @@ pub fn attention_fwd(
     a: &Attention,
 ) -> Result<()> {
     if a.fast(e) {
-        let (name, shape, tiles) =
-            (format!("flash_fwd_{}", a.dim), gpu.flash(a.dim, 0), a.tiles[0]);
+        let (name, shape, grid, tiles) = a.pass(gpu, 0, a.heads);
+        let (tokens, group, scale, window) = (int(a.tokens), a.group(), a.scale(), int(a.window));
+        if shape.block > 0 {
+            let q = a.map_q(gpu, (a.q, a.ld), 64)?;
+            let [k, v] = a.map_kv(gpu, shape.block)?;
+            return launch!(
+                gpu,
+                &name,
+                grid,
+                shape.threads,
+                shape.shared,
+                q,
+                k,
+                v,
+                o.0,
+                o.1,
+                lse,
+                tiles,
+                tokens,
+                group,
+                scale,
+                window
+            );
+        }
         return launch!(
             gpu,
             &name,
-            (tiles.1 as u32, a.heads as u32),
+            grid,
             shape.threads,
             shape.shared,
             o.0,
@@ -83,11 +157,11 @@ pub fn attention_fwd(
             a.k,
             a.v,
             a.ld,
-            tiles.0,
-            int(a.tokens),
-            a.group(),
-            a.scale(),
-            int(a.window)
+            tiles,
+            tokens,
+            group,
+            scale,
+            window
         );
     }
     attention_cached(gpu, e, o, lse, a, a.ld, 0)
@@ -155,8 +229,8 @@ pub fn attention_bwd(
     launch!(
         gpu,
         &kernel("attn_delta", e),
-        (by_warp, a.heads as u32),
-        128,
+        (a.tokens as u32, 1),
+        256,
         0,
         delta,
         d.0,
@@ -164,38 +238,90 @@ pub fn attention_bwd(
         o.0,
         o.1,
         int(a.tokens),
+        int(a.heads),
         int(a.dim)
     )?;
     if a.fast(e) {
-        let (shape, tiles) = (gpu.flash(a.dim, 2), a.tiles[2]);
-        launch!(
-            gpu,
-            &format!("flash_dkv_{}", a.dim),
-            (tiles.1 as u32, a.kv_heads as u32),
-            shape.threads,
-            shape.shared,
-            dk,
-            dv,
-            dq.1,
-            d.0,
-            d.1,
-            a.q,
-            a.k,
-            a.v,
-            a.ld,
-            lse,
-            delta,
-            tiles.0,
-            int(a.tokens),
-            a.group(),
-            a.scale(),
-            int(a.window)
-        )?;
-        let (shape, tiles) = (gpu.flash(a.dim, 1), a.tiles[1]);
+        let (tokens, group, scale, window) = (int(a.tokens), a.group(), a.scale(), int(a.window));
+        let (name, shape, grid, tiles) = a.pass(gpu, 2, a.kv_heads);
+        if shape.block > 0 {
+            let (q, d) = (a.map_q(gpu, (a.q, a.ld), shape.block)?, a.map_q(gpu, d, shape.block)?);
+            let [k, v] = a.map_kv(gpu, 64)?;
+            launch!(
+                gpu,
+                &name,
+                grid,
+                shape.threads,
+                shape.shared,
+                q,
+                d,
+                k,
+                v,
+                dk,
+                dv,
+                dq.1,
+                lse,
+                delta,
+                tiles,
+                tokens,
+                group,
+                scale,
+                window
+            )?;
+        } else {
+            launch!(
+                gpu,
+                &name,
+                grid,
+                shape.threads,
+                shape.shared,
+                dk,
+                dv,
+                dq.1,
+                d.0,
+                d.1,
+                a.q,
+                a.k,
+                a.v,
+                a.ld,
+                lse,
+                delta,
+                tiles,
+                tokens,
+                group,
+                scale,
+                window
+            )?;
+        }
+        let (name, shape, grid, tiles) = a.pass(gpu, 1, a.heads);
+        if shape.block > 0 {
+            let (q, d) = (a.map_q(gpu, (a.q, a.ld), 64)?, a.map_q(gpu, d, 64)?);
+            let [k, v] = a.map_kv(gpu, shape.block)?;
+            return launch!(
+                gpu,
+                &name,
+                grid,
+                shape.threads,
+                shape.shared,
+                q,
+                d,
+                k,
+                v,
+                dq.0,
+                dq.1,
+                lse,
+                delta,
+                tiles,
+                tokens,
+                group,
+                scale,
+                window
+            );
+        }
         return launch!(
             gpu,
-            &format!("flash_dq_{}", a.dim),
-            (tiles.1 as u32, a.heads as u32),
+            &name,
+            grid,
             shape.threads,
             shape.shared,
             dq.0,
@@ -208,11 +334,11 @@ pub fn attention_bwd(
             a.ld,
             lse,
             delta,
-            tiles.0,
-            int(a.tokens),
-            a.group(),
-            a.scale(),
-            int(a.window)
+            tiles,
+            tokens,
+            group,
+            scale,
+            window
         );
     }
     launch!(

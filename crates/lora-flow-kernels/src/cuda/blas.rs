@@ -9,7 +9,12 @@ use super::driver::{self, Algo, BlasLt, DevicePtr, Driver, Handle, Heuristic};
 use super::gpu::{CudaError, Gpu};
 
 /// Workspace that products may use.
-const WORKSPACE: usize = 64 << 20;
+const WORKSPACE: usize = 32 << 20;
+/// Algorithms that are asked for, and times that each runs when they are compared.
+const CANDIDATES: usize = 12;
+const RUNS: usize = 3;
+/// Products with less arithmetic take the first algorithm: comparing would not pay.
+const WORTH_COMPARING: f64 = 2e9;
 
 /// C = α·op(A)·op(B) + β·D, row-major: C [m, n], op(A) [m, k], op(B) [k, n].
 #[derive(Debug, Clone, Copy)]
@@ -52,14 +57,27 @@ struct Shape {
     output: Element,
 }
 
-/// Descriptors and algorithm of one shape.
+impl Shape {
+    fn of(p: &Product) -> Self {
+        Self {
+            sizes: [p.m, p.n, p.k, p.a.1, p.b.1, p.c.1, p.add.1],
+            flags: [p.a_t, p.b_t, p.beta == 0.0, p.add.0 == p.c.0],
+            align: [p.a.0, p.b.0, p.c.0, p.add.0].map(alignment),
+            input: p.input,
+            output: p.output,
+        }
+    }
+}
+
+/// Descriptors and algorithms of one shape.
 struct Plan {
     desc: Handle,
     a: Handle,
     b: Handle,
     c: Handle,
     add: Handle,
-    algo: Algo,
+    /// The library's suggestions, best first, until they have been compared; then the fastest.
+    algos: Vec<Algo>,
 }
 
 /// The library's handle, its workspace and the plans made so far.
@@ -184,10 +202,10 @@ impl Blas {
             b: layout(p.input, a_rows, a_cols, p.a.1)?,
             c: layout(p.output, p.m, p.n, p.c.1)?,
             add: layout(p.output, p.m, p.n, p.add.1)?,
-            algo: Algo::default(),
+            algos: Vec::new(),
         };
         let (mut preference, mut found, mut count) =
-            (std::ptr::null_mut(), Heuristic::default(), 0);
+            (std::ptr::null_mut(), [Heuristic::default(); CANDIDATES], 0);
         // Safety: as above.
         unsafe {
             check((lib.preference_create)(&mut preference), "choosing an algorithm")?;
@@ -205,21 +223,78 @@ impl Blas {
                 plan.add,
                 plan.c,
                 preference,
-                1,
-                &mut found,
+                CANDIDATES as c_int,
+                found.as_mut_ptr(),
                 &mut count,
             );
             (lib.preference_destroy)(preference);
             check(code, &format!("choosing an algorithm for {p:?}"))?;
         }
-        if count == 0 {
+        let usable = found.iter().take(count as usize).filter(|f| f.state == 0);
+        plan.algos = usable.map(|f| f.algo).collect();
+        if plan.algos.is_empty() {
             return Err(CudaError::new(
                 format!("cuBLASLt has no algorithm for {p:?}"),
                 "this is a bug",
             ));
         }
-        plan.algo = found.algo;
         Ok(plan)
+    }
+}
+
+impl Open {
+    fn run(&self, plan: &Plan, algo: &Algo, p: &Product, stream: Handle) -> Result<(), CudaError> {
+        let scalar = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
+        // Safety: the plan describes the matrices, which the caller keeps alive.
+        let code = unsafe {
+            (self.lib.matmul)(
+                self.handle,
+                plan.desc,
+                scalar(&p.alpha),
+                p.b.0,
+                plan.a,
+                p.a.0,
+                plan.b,
+                scalar(&p.beta),
+                p.add.0,
+                plan.add,
+                p.c.0,
+                plan.c,
+                algo,
+                self.workspace,
+                WORKSPACE,
+                stream,
+            )
+        };
+        check(code, "multiplying")
+    }
+
+    /// Runs each of the plan's algorithms: milliseconds, and whether it gives the bits of the first.
+    fn compare(
+        &self,
+        gpu: &Arc<Gpu>,
+        plan: &Plan,
+        p: &Product,
+    ) -> Result<Vec<(f32, bool)>, CudaError> {
+        let mut results = Vec::new();
+        let mut bits = None;
+        for algo in &plan.algos {
+            // What the library suggests it may still refuse.
+            if self.run(plan, algo, p, gpu.stream).is_err() {
+                results.push((f32::INFINITY, false));
+                continue;
+            }
+            let sum = super::ops::checksum(gpu, p.output, p.c, p.m, p.n)?;
+            let start = gpu.mark()?;
+            for _ in 0..RUNS {
+                self.run(plan, algo, p, gpu.stream)?;
+            }
+            let end = gpu.mark()?;
+            gpu.wait()?;
+            let same = *bits.get_or_insert(sum) == sum;
+            results.push((end.since(&start)? / RUNS as f32, same));
+        }
+        Ok(results)
     }
 }
 
@@ -240,44 +315,46 @@ impl Gpu {
         };
         let add = if p.beta == 0.0 { p.c } else { p.add };
         let p = Product { add, ..*p };
-        let shape = Shape {
-            sizes: [p.m, p.n, p.k, p.a.1, p.b.1, p.c.1, p.add.1],
-            flags: [p.a_t, p.b_t, p.beta == 0.0, p.add.0 == p.c.0],
-            align: [p.a.0, p.b.0, p.c.0, p.add.0].map(alignment),
-            input: p.input,
-            output: p.output,
-        };
+        let shape = Shape::of(&p);
         let plan = match plans.entry(shape) {
             std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
-            std::collections::hash_map::Entry::Vacant(e) => e.insert(Blas::plan(open, &p, &shape)?),
+            std::collections::hash_map::Entry::Vacant(e) => {
+                let mut plan = Blas::plan(open, &p, &shape)?;
+                // A product that is added to its own place would not stay the same.
+                let again = p.beta == 0.0 || p.add.0 != p.c.0;
+                let work = 2.0 * p.m as f64 * p.n as f64 * p.k as f64;
+                if again && work >= WORTH_COMPARING && plan.algos.len() > 1 {
+                    let times = open.compare(self, &plan, &p)?;
+                    // Only those with the bits of the first: which is the fastest may differ from
+                    // run to run, and the result must not.
+                    let same = times.iter().zip(&plan.algos).filter(|((_, same), _)| *same);
+                    let best = same.min_by(|((a, _), _), ((b, _), _)| a.total_cmp(b));
+                    plan.algos = vec![best.map_or(plan.algos[0], |(_, algo)| *algo)];
+                }
+                e.insert(plan)
+            }
         };
-        let scalar = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
         self.noted(
             || format!("product {}x{}x{}", p.m, p.n, p.k),
-            || {
-                // Safety: the plan describes the matrices, which the caller keeps alive.
-                let code = unsafe {
-                    (open.lib.matmul)(
-                        open.handle,
-                        plan.desc,
-                        scalar(&p.alpha),
-                        p.b.0,
-                        plan.a,
-                        p.a.0,
-                        plan.b,
-                        scalar(&p.beta),
-                        p.add.0,
-                        plan.add,
-                        p.c.0,
-                        plan.c,
-                        &plan.algo,
-                        open.workspace,
-                        WORKSPACE,
-                        self.stream,
-                    )
-                };
-                check(code, "multiplying")
-            },
+            || open.run(plan, &plan.algos[0], &p, self.stream),
         )
+    }
+
+    /// Milliseconds of each algorithm that cuBLASLt suggests for a product, the one it likes best
+    /// first, and whether it gives the same bits as that one. Waits.
+    ///
+    /// # Errors
+    /// When cuBLASLt refuses the product or the device failed.
+    pub fn compare_algorithms(
+        self: &Arc<Self>,
+        p: &Product,
+    ) -> Result<Vec<(f32, bool)>, CudaError> {
+        self.product(p)?;
+        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        let Blas { open: Some(open), .. } = &mut *blas else { return Ok(Vec::new()) };
+        let add = if p.beta == 0.0 { p.c } else { p.add };
+        let p = Product { add, ..*p };
+        let plan = Blas::plan(open, &p, &Shape::of(&p))?;
+        open.compare(self, &plan, &p)
     }
 }

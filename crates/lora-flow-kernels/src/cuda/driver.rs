@@ -91,11 +91,14 @@ functions! {
         free = "cuMemFree_v2"(DevicePtr);
         to_device = "cuMemcpyHtoDAsync_v2"(DevicePtr, *const c_void, usize, Handle);
         to_host = "cuMemcpyDtoHAsync_v2"(*mut c_void, DevicePtr, usize, Handle);
+        host_alloc = "cuMemHostAlloc"(*mut *mut c_void, usize, c_uint);
+        host_free = "cuMemFreeHost"(*mut c_void);
         copy_2d = "cuMemcpy2DAsync_v2"(*const Copy2d, Handle);
         set_bytes = "cuMemsetD8Async"(DevicePtr, u8, usize, Handle);
         stream_create = "cuStreamCreate"(*mut Handle, c_uint);
         stream_destroy = "cuStreamDestroy_v2"(Handle);
         stream_wait = "cuStreamSynchronize"(Handle);
+        stream_wait_event = "cuStreamWaitEvent"(Handle, Handle, c_uint);
         event_create = "cuEventCreate"(*mut Handle, c_uint);
         event_destroy = "cuEventDestroy_v2"(Handle);
         event_record = "cuEventRecord"(Handle, Handle);
@@ -105,6 +108,10 @@ functions! {
         module_function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
         module_global = "cuModuleGetGlobal_v2"(*mut DevicePtr, *mut usize, Handle, *const c_char);
         function_set = "cuFuncSetAttribute"(Handle, c_int, c_int);
+        tensor_map = "cuTensorMapEncodeTiled"(
+            *mut TensorMap, c_int, c_uint, DevicePtr, *const u64, *const u64, *const c_uint, *const c_uint,
+            c_int, c_int, c_int, c_int
+        );
         launch = "cuLaunchKernel"(
             Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle,
             *mut *mut c_void, *mut *mut c_void
@@ -156,6 +163,11 @@ pub(crate) struct Copy2d {
     pub(crate) width: usize,
     pub(crate) height: usize,
 }
+
+/// `CUtensorMap`: a matrix as Hopper's copy engine wants it described.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct TensorMap(pub(crate) [u64; 16]);
 
 /// `cublasLtMatmulAlgo_t`.
 #[repr(C)]

@@ -3,11 +3,7 @@
 // kernels: forward; dq by blocks of queries; dk and dv by blocks of keys. The backward is two
 // kernels rather than one with atomic sums: the sums keep their order, so equal inputs give equal
 // bits.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#include "flash_wgmma.cuh"
-#else
-#include "flash_mma.cuh"
-#endif
+#include "flash_tiles.cuh"
 
 namespace {
 
@@ -34,6 +30,11 @@ __device__ __forceinline__ float quad_max(float x) {
 // A block of queries (or keys): the document's first row and the row after its last, and the first
 // row of the block.
 struct Tile { int first, last, row, pad; };
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#include "flash_hopper.cuh"
+#else
+#include "flash_mma.cuh"
 
 // o and lse of one block of 16·MT·WARPS queries and one head.
 template <int D, int MT, int WARPS, int BC>
@@ -347,38 +348,23 @@ __device__ __forceinline__ void flash_dkv(bf16* dk, bf16* dv, size_t lddk, const
 
 // Sizes of the kernels: m16 tiles of a warp, warps, rows of the other operand's block, and blocks
 // that are to share a multiprocessor. A header named by nvcc -include tries others.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define DEFAULT_FWD_64 1, 4, 64, 3
-#define DEFAULT_FWD_128 1, 4, 128, 2
-#define DEFAULT_DQ_64 1, 4, 64, 3
-#define DEFAULT_DQ_128 1, 4, 64, 2
-#define DEFAULT_DKV_64 1, 4, 128, 2
-#define DEFAULT_DKV_128 1, 4, 64, 2
-#else
-#define DEFAULT_FWD_64 2, 4, 64, 2
-#define DEFAULT_FWD_128 1, 4, 64, 2
-#define DEFAULT_DQ_64 1, 4, 64, 3
-#define DEFAULT_DQ_128 1, 4, 64, 2
-#define DEFAULT_DKV_64 1, 4, 64, 3
-#define DEFAULT_DKV_128 1, 4, 64, 2
-#endif
 #ifndef FLASH_FWD_64
-#define FLASH_FWD_64 DEFAULT_FWD_64
+#define FLASH_FWD_64 2, 4, 64, 2
 #endif
 #ifndef FLASH_FWD_128
-#define FLASH_FWD_128 DEFAULT_FWD_128
+#define FLASH_FWD_128 1, 4, 64, 2
 #endif
 #ifndef FLASH_DQ_64
-#define FLASH_DQ_64 DEFAULT_DQ_64
+#define FLASH_DQ_64 1, 4, 64, 3
 #endif
 #ifndef FLASH_DQ_128
-#define FLASH_DQ_128 DEFAULT_DQ_128
+#define FLASH_DQ_128 1, 4, 64, 2
 #endif
 #ifndef FLASH_DKV_64
-#define FLASH_DKV_64 DEFAULT_DKV_64
+#define FLASH_DKV_64 1, 4, 64, 3
 #endif
 #ifndef FLASH_DKV_128
-#define FLASH_DKV_128 DEFAULT_DKV_128
+#define FLASH_DKV_128 1, 4, 64, 2
 #endif
 
 #define FWD(D, ...) FWD_(D, __VA_ARGS__)
@@ -414,19 +400,22 @@ DQ(128, FLASH_DQ_128)
 DKV(64, FLASH_DKV_64)
 DKV(128, FLASH_DKV_128)
 
-// What the launcher has to know: rows of a block, threads, bytes of shared memory.
+// What the launcher has to know: rows of a block, threads, bytes of shared memory, and 0: these
+// take addresses, not maps for the copy engine.
 #define FWD_SHAPE(D, ...) FWD_SHAPE_(D, __VA_ARGS__)
 #define FWD_SHAPE_(D, MT, WARPS, BC, BLOCKS) \
-  16 * (MT) * (WARPS), 32 * (WARPS), (16 * (MT) * (WARPS) + 2 * (BC)) * (D) * 2 + 1024
+  16 * (MT) * (WARPS), 32 * (WARPS), (16 * (MT) * (WARPS) + 2 * (BC)) * (D) * 2 + 1024, 0
 #define DQ_SHAPE(D, ...) DQ_SHAPE_(D, __VA_ARGS__)
 #define DQ_SHAPE_(D, MT, WARPS, BC, BLOCKS) \
-  16 * (MT) * (WARPS), 32 * (WARPS), (32 * (MT) * (WARPS) + 2 * (BC)) * (D) * 2 + 1024
+  16 * (MT) * (WARPS), 32 * (WARPS), (32 * (MT) * (WARPS) + 2 * (BC)) * (D) * 2 + 1024, 0
 #define DKV_SHAPE(D, ...) DKV_SHAPE_(D, __VA_ARGS__)
 #define DKV_SHAPE_(D, MT, WARPS, BR, BLOCKS) \
-  16 * (MT) * (WARPS), 32 * (WARPS), (32 * (MT) * (WARPS) + 4 * (BR)) * (D) * 2 + 16 * (BR) + 1024
+  16 * (MT) * (WARPS), 32 * (WARPS), (32 * (MT) * (WARPS) + 4 * (BR)) * (D) * 2 + 16 * (BR) + 1024, 0
+
+#endif
 
 // Forward, dq, dk and dv; of head width 64, then of 128.
-extern "C" __device__ const int flash_shapes[18] = {
+extern "C" __device__ const int flash_shapes[24] = {
     FWD_SHAPE(64, FLASH_FWD_64),   DQ_SHAPE(64, FLASH_DQ_64),   DKV_SHAPE(64, FLASH_DKV_64),
     FWD_SHAPE(128, FLASH_FWD_128), DQ_SHAPE(128, FLASH_DQ_128), DKV_SHAPE(128, FLASH_DKV_128),
 };

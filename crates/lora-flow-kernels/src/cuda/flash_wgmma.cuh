@@ -1,5 +1,6 @@
-// Products of tiles by wgmma, Hopper's own (sm_90a). The four warps of a warpgroup have 64 rows, a
-// warp 16 of them, in the layout of mma.sync's accumulators.
+// Products of tiles by wgmma, Hopper's own (sm_90a): in the background, by a warpgroup with 64 rows,
+// of which a warp has 16 in the layout of mma.sync's accumulators. Copies of tiles by the bulk copy
+// engine, and the barriers in shared memory that tell when they have come.
 #pragma once
 #include "flash_tiles.cuh"
 
@@ -8,7 +9,7 @@ template <int N> struct Columns {};
 // What wgmma wants to know of a tile: its address and, in units of 16 bytes, the distance of
 // panels (`panel`, of use only where rows are the sums' dimension) and of groups of eight rows.
 __device__ __forceinline__ uint64_t descriptor(uint32_t at, uint32_t panel) {
-  return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
+  return (uint64_t)(at >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
          (uint64_t)1 << 62;
 }
 
@@ -75,37 +76,81 @@ template <int N> __device__ __forceinline__ void settle(float (*c)[4]) {
   for (int n = 0; n < N; n++)
     asm volatile("" : "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])::"memory");
 }
-
-template <int MT, int N> __device__ __forceinline__ void settle(float (*c)[N][4]) { settle<N>(c[0]); }
-
-template <int MT, int K> __device__ __forceinline__ void settle(uint32_t (*a)[K][4]) {
+template <int K> __device__ __forceinline__ void settle(uint32_t (*a)[4]) {
 #pragma unroll
   for (int k = 0; k < K; k++)
-    asm volatile("" : "+r"(a[0][k][0]), "+r"(a[0][k][1]), "+r"(a[0][k][2]), "+r"(a[0][k][3])::"memory");
+    asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
 }
 
-// As in flash_mma.cuh, but in the background; MT is 1.
-template <int D, int MT, int N, int RA>
-__device__ __forceinline__ void start_nt(float (*s)[N / 8][4], uint32_t a, int row0, uint32_t b) {
-  static_assert(MT == 1, "a warp has 16 rows");
-  const uint32_t rows = a + (row0 & ~63) * 128;
+// Starts s[N/8][4] = A·Bᵀ over D: the 64 rows of tile a, the N rows of tile b.
+template <int D, int N>
+__device__ __forceinline__ void start_nt(float (*s)[4], uint32_t a, uint32_t b) {
+  const uint64_t da = descriptor(a, 16), db = descriptor(b, 16);
   wgmma_begin();
 #pragma unroll
-  for (int k = 0; k < D; k += 16) {
-    const uint32_t within = k % 64 * 2, panel = k / 64;
-    wgmma_ss(s[0], descriptor(rows + panel * RA * 128 + within, 16),
-             descriptor(b + panel * N * 128 + within, 16), k > 0, Columns<N>());
-  }
+  for (int k = 0; k < D; k += 16)
+    wgmma_ss(s, da + (k / 64 * 64 * 128 + k % 64 * 2) / 16, db + (k / 64 * N * 128 + k % 64 * 2) / 16,
+             k > 0, Columns<N>());
   wgmma_commit();
 }
 
-template <int D, int MT, int K>
-__device__ __forceinline__ void start_nn(float (*c)[D / 8][4], const uint32_t (*a)[K / 16][4],
-                                         uint32_t b) {
-  settle<D / 8>(c[0]);
+// Starts c[D/8][4] += A·B: A is 64 × K in registers, B the K rows of a tile.
+template <int D, int K>
+__device__ __forceinline__ void start_nn(float (*c)[4], const uint32_t (*a)[4], uint32_t b) {
+  const uint64_t db = descriptor(b, K * 128);
+  settle<D / 8>(c);
   wgmma_begin();
 #pragma unroll
-  for (int k = 0; k < K / 16; k++)
-    wgmma_rs(c[0], a[0][k], descriptor(b + k * 16 * 128, K * 128), Columns<D>());
+  for (int k = 0; k < K / 16; k++) wgmma_rs(c, a[k], db + k * 16 * 128 / 16, Columns<D>());
   wgmma_commit();
+}
+
+// cuTensorMapEncodeTiled's description of a matrix for the copy engine.
+struct alignas(64) TensorMap { uint64_t opaque[16]; };
+
+__device__ __forceinline__ void barrier_init(uint32_t at, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(at), "r"(arrivals));
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(at) : "memory");
+}
+// Arrives and has the phase last until `bytes` have been copied as well.
+__device__ __forceinline__ void barrier_expect(uint32_t at, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(at), "r"(bytes)
+               : "memory");
+}
+// Waits for the end of the phase of this parity; the phase before the first has parity 1.
+__device__ __forceinline__ void barrier_wait(uint32_t at, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nAGAIN:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra AGAIN;\nDONE:\n}\n" ::"r"(at),
+      "r"(parity)
+      : "memory");
+}
+
+// Copies R rows of D values from (column, row) of a matrix to a tile, 64 columns at a time; rows
+// past the matrix's last become zeros.
+template <int D, int R>
+__device__ __forceinline__ void copy_tile(uint32_t to, const TensorMap& from, int column, int row,
+                                          uint32_t barrier) {
+#pragma unroll
+  for (int p = 0; p < D / 64; p++)
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+        "%4}], [%2];\n" ::"r"(to + p * R * 128),
+        "l"(&from), "r"(barrier), "r"(column + p * 64), "r"(row)
+        : "memory");
+}
+// One value, and the arrival of this thread when all it has copied so is there.
+__device__ __forceinline__ void copy4(uint32_t to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void arrive_copied(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ float2 load_pair(uint32_t at) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(at));
+  return x;
 }

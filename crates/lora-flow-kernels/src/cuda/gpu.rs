@@ -190,6 +190,8 @@ pub(crate) struct FlashShape {
     pub(crate) rows: usize,
     pub(crate) threads: u32,
     pub(crate) shared: usize,
+    /// Rows of the other operand's block; 0 where the kernel takes addresses, not maps.
+    pub(crate) block: usize,
 }
 
 /// Kernels that there are for f32 and for bf16.
@@ -207,6 +209,7 @@ const KERNELS: &[&str] = &[
     "copy2d",
     "dropout",
     "fill_uniform",
+    "checksum",
     "cross_entropy",
     "adamw",
     "place",
@@ -329,13 +332,14 @@ impl Gpu {
             (self.driver.module_global)(&mut at, &mut bytes, last, c"flash_shapes".as_ptr())
         };
         check(self.driver, code, "read the blocks of attention")?;
-        let mut shapes = [0i32; 18];
+        let mut shapes = [0i32; 24];
         self.read(at, &mut shapes)?;
-        for (i, shape) in shapes.chunks(3).enumerate() {
+        for (i, shape) in shapes.chunks(4).enumerate() {
             let shape = FlashShape {
                 rows: shape[0] as usize,
                 threads: shape[1] as u32,
                 shared: shape[2] as usize,
+                block: shape[3] as usize,
             };
             self.flash[i] = shape;
             let name = format!("flash_{}_{}", FLASH_PASSES[i % 3], [64, 128][i / 3]);

@@ -7,6 +7,7 @@
 mod attention;
 mod blas;
 mod buffer;
+mod copier;
 mod driver;
 mod gpu;
 pub mod ops;
@@ -15,6 +16,7 @@ mod profile;
 
 pub use blas::Product;
 pub use buffer::{Buffer, Event, Value};
+pub use copier::{Copier, HostBuffer};
 pub use driver::DevicePtr;
 pub use gpu::{CudaError, Gpu, GpuInfo, gpus};
 

@@ -455,6 +455,27 @@ pub fn fill_uniform(
     )
 }
 
+/// A sum over the bits and places of a matrix's values, equal for equal matrices. Waits.
+///
+/// # Errors
+/// When the device failed.
+pub fn checksum(gpu: &Arc<Gpu>, e: Element, x: Mat, rows: usize, width: usize) -> Result<u64> {
+    let sum = gpu.zeros::<u64>(1)?;
+    launch!(
+        gpu,
+        &kernel("checksum", e),
+        (blocks(rows * width).0.min(1024), 1),
+        256,
+        0,
+        sum.ptr(),
+        x.0,
+        x.1,
+        int(rows),
+        int(width)
+    )?;
+    Ok(sum.to_vec()?[0])
+}
+
 /// nll of each row of logits; with a scale the logits become scale·(softmax − onehot). A row with a
 /// negative target has no loss and no gradient.
 ///

@@ -321,3 +321,18 @@ __device__ void fill_uniform(T* y, size_t ldy, int rows, int width, uint64_t key
 }
 #define FILL_UNIFORM(T) (T* y, size_t ldy, int rows, int width, uint64_t key, float bound)
 BOTH(fill_uniform, FILL_UNIFORM, (y, ldy, rows, width, key, bound))
+
+// sum += a mixture of each value's bits with its place: whole numbers, so in any order.
+__device__ __forceinline__ uint64_t bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ uint64_t bits(bf16 x) { return __bfloat16_as_ushort(x); }
+template <typename T>
+__device__ void checksum(uint64_t* sum, const T* x, size_t ldx, int rows, int width) {
+  const size_t all = (size_t)rows * width;
+  uint64_t own = 0;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < all;
+       i += (size_t)gridDim.x * blockDim.x)
+    own += splitmix(bits(x[i / width * ldx + i % width]), i);
+  atomicAdd(reinterpret_cast<unsigned long long*>(sum), (unsigned long long)own);
+}
+#define CHECKSUM(T) (uint64_t* sum, const T* x, size_t ldx, int rows, int width)
+BOTH(checksum, CHECKSUM, (sum, x, ldx, rows, width))

@@ -50,7 +50,7 @@ impl Session<'_> {
             self.reserve(self.past + on.tokens)?;
             let longest = self.past + on.tokens;
             on.longest = longest;
-            let arena = Arena::ready(&mut state.arena, decoder, &state.weights, &on, None)?;
+            let arena = Arena::ready(&mut state.arena, decoder, &state.weights, &on, None, 0)?;
             let run = Run::new(decoder, &state.weights, arena, &on, self.adapter.is_some(), None);
             let positions: Vec<i32> = (self.past..longest).map(|p| p as i32).collect();
             let (positions, zeros) =
@@ -64,7 +64,7 @@ impl Session<'_> {
             run.embed()?;
             for layer in 0..decoder.config.num_hidden_layers {
                 run.attend(layer, false, Some(&cached))?;
-                run.gate_up(layer, false)?;
+                run.gate_up(layer, false, false)?;
                 run.down(layer, false)?;
             }
             run.last_logits(ids.len() - 1)

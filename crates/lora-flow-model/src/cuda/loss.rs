@@ -44,7 +44,7 @@ impl Run<'_> {
     fn queue_loss(&self, scale: Option<f32>) -> Result<()> {
         let (h, vocab, arena) = (self.config.hidden_size, self.config.vocab_size, self.arena);
         let (x, head) = (self.top(), (self.weights.head(), h));
-        let logits = (arena.logits().ptr(), vocab.next_multiple_of(8));
+        let logits = (arena.logits(), vocab.next_multiple_of(8));
         let top = (arena.top.ptr(), h);
         let eps = self.config.rms_norm_eps as f32;
         let (norm, rstd) = (self.weights.norm.ptr(), arena.top_rstd.ptr());

@@ -3,17 +3,20 @@
 //!
 //! - [`weights`]: frozen weights, each group of projections that share an input as one matrix with
 //!   the adapter's A and B around it, so that W·x + s·B·A·x is one product.
-//! - [`arena`]: activations and scratch, allocated once per shape of batch and reused.
+//! - [`arena`]: activations and scratch, allocated once per shape of batch and reused; [`away`] and
+//!   [`ring`]: what of them goes to the host in between.
 //! - [`batch`]: what a batch is on the device.
 //! - [`pass`]: forward and backward of a layer; [`loss`]: the head.
 //! - [`training`]: gradients, moments and AdamW, all on the device.
 //! - [`generate`]: cached keys and values.
 
 mod arena;
+mod away;
 mod batch;
 mod generate;
 mod loss;
 mod pass;
+mod ring;
 mod training;
 mod weights;
 
@@ -49,6 +52,8 @@ pub struct CudaDecoder {
     element: Element,
     /// Most bytes that activations, weights and all may take; decides what is kept.
     limit: Option<u64>,
+    /// Takes copies to the host to cost nothing.
+    fast_copies: bool,
     state: Mutex<State>,
 }
 
@@ -72,6 +77,12 @@ fn element(dtype: DType) -> Result<Element> {
         other => Err(Error::new(format!("dtype {other:?} is not supported on a GPU"))
             .with_hint("use f32 or bf16")),
     }
+}
+
+/// Bytes that a variable of the environment gives in GiB.
+fn gib(name: &str) -> Option<u64> {
+    let gib = std::env::var(name).ok()?.parse::<f64>().ok()?;
+    Some((gib * (1u64 << 30) as f64) as u64)
 }
 
 /// Widths that rows of 16 bytes need.
@@ -144,15 +155,30 @@ impl CudaDecoder {
     }
 
     fn new(gpu: Arc<Gpu>, config: ModelConfig, element: Element, weights: Weights) -> Self {
-        let limit =
-            std::env::var("LORA_FLOW_CUDA_MEMORY_GIB").ok().and_then(|v| v.parse::<f64>().ok());
-        let limit = limit.map(|gib| (gib * (1u64 << 30) as f64) as u64);
-        Self { gpu, config, element, limit, state: Mutex::new(State { weights, arena: None }) }
+        let limit = gib("LORA_FLOW_CUDA_MEMORY_GIB");
+        let state = Mutex::new(State { weights, arena: None });
+        Self { gpu, config, element, limit, fast_copies: false, state }
     }
 
     /// Keeps less between forward and backward where more than `bytes` of the GPU would be taken.
     pub fn set_memory_limit(&mut self, bytes: Option<u64>) {
         self.limit = bytes;
+    }
+
+    /// Plans as if copies to the host took no time: for tests, whose layers are small.
+    pub fn assume_fast_copies(&mut self) {
+        self.fast_copies = true;
+    }
+
+    /// Whether the last pass, one with checkpointing, took activations to the host.
+    pub fn on_host(&self) -> bool {
+        self.lock().arena.as_ref().is_some_and(|arena| arena.ring.is_some())
+    }
+
+    /// Of how many layers the last pass kept gate and up on the device, sent them to the host, and
+    /// computed them again.
+    pub fn kept(&self) -> [usize; 3] {
+        self.lock().arena.as_ref().map_or([0; 3], |arena| arena.gate_up.counts())
     }
 
     /// The device.
@@ -206,7 +232,7 @@ impl CudaDecoder {
         }
         let run = |state: &mut State| {
             let batch_on = DeviceBatch::new(&self.gpu, &self.config, batch)?;
-            let arena = Arena::ready(&mut state.arena, self, &state.weights, &batch_on, None)?;
+            let arena = Arena::ready(&mut state.arena, self, &state.weights, &batch_on, None, 0)?;
             let run =
                 pass::Run::new(self, &state.weights, arena, &batch_on, adapter.is_some(), None);
             run.embed()?;
@@ -241,22 +267,41 @@ impl CudaDecoder {
         let mut run = || {
             let batch_on = DeviceBatch::new(&self.gpu, &self.config, batch)?;
             let wanted = arena::Wanted { checkpoint: options.checkpoint, lowest };
-            let arena =
-                Arena::ready(&mut state.arena, self, &state.weights, &batch_on, Some(wanted))?;
+            let arena = Arena::ready(
+                &mut state.arena,
+                self,
+                &state.weights,
+                &batch_on,
+                Some(wanted),
+                training.host_memory(),
+            )?;
             let dropout = training.dropout(options.dropout, batch_on.tokens)?;
             let run = pass::Run::new(self, &state.weights, arena, &batch_on, true, dropout);
             run.embed()?;
             for layer in 0..self.config.num_hidden_layers {
+                if let Some(ring) = &arena.ring {
+                    ring.enter(layer)?;
+                }
                 run.layer_forward(layer, layer >= lowest)?;
+                if let Some(ring) = &arena.ring {
+                    ring.leave(layer, &arena.parts(layer))?;
+                }
             }
+            arena.gate_up.leave_backward(self.config.num_hidden_layers)?;
             run.start_loss(options.grad_scale)?;
             for layer in (lowest..self.config.num_hidden_layers).rev() {
+                if let Some(ring) = &arena.ring {
+                    ring.enter_backward(layer)?;
+                }
                 run.layer_backward(
                     layer,
                     layer > lowest,
                     training.grads(layer),
                     training.accumulate(),
                 )?;
+                if let (Some(ring), Some(before)) = (&arena.ring, layer.checked_sub(2)) {
+                    ring.leave_backward(layer, &arena.parts(before))?;
+                }
             }
             training.added();
             run.read_loss()

@@ -8,7 +8,7 @@ use lora_flow_kernels::cuda::ops::{self, Attention, Mat};
 use lora_flow_kernels::cuda::{Buffer, CudaError, DevicePtr, Element, Gpu, Product};
 
 use super::CudaDecoder;
-use super::arena::{Arena, Backward, Kept};
+use super::arena::{Arena, Backward, Kept, padded};
 use super::batch::DeviceBatch;
 use super::weights::{DOWN, GATE_UP, Group, GroupGrads, LayerWeights, O, QKV, Weights};
 use crate::config::{HiddenAct, ModelConfig};
@@ -164,17 +164,17 @@ impl<'a> Run<'a> {
     }
 
     /// Strides of a layer's matrices.
-    fn places(&self, w: &LayerWeights, kept: &Kept, layer: usize) -> Places {
+    fn places(&self, w: &LayerWeights, kept: &Kept, layer: usize, backward: bool) -> Places {
         let r = |g: usize| self.r(&w.groups[g]);
         let (h, f) = (self.config.hidden_size, self.config.intermediate_size);
         Places {
-            n1: (self.arena.n.ptr(), h + r(QKV)),
+            n1: (self.arena.n, padded(h + r(QKV))),
             qkv: (kept.qkv.ptr(), self.q + 2 * self.kv),
-            o: (kept.o.ptr(), self.q + r(O)),
+            o: (kept.o.ptr(), padded(self.q + r(O))),
             x2: (kept.x2.ptr(), h),
-            n2: (self.arena.n.ptr(), h + r(GATE_UP)),
-            gu: (self.arena.gate_up(layer).ptr(), 2 * f + r(GATE_UP)),
-            h: (self.arena.h.ptr(), f + r(DOWN)),
+            n2: (self.arena.n, padded(h + r(GATE_UP))),
+            gu: (self.arena.gate_up.at(layer, backward).ptr(), padded(2 * f + r(GATE_UP))),
+            h: (self.arena.h, padded(f + r(DOWN))),
         }
     }
 
@@ -239,7 +239,9 @@ impl<'a> Run<'a> {
     /// One layer from x(layer) to x(layer + 1). `keep` also leaves x·Aᵀ for the backward.
     pub(super) fn layer_forward(&self, layer: usize, keep: bool) -> Result<()> {
         self.attend(layer, keep, None)?;
-        self.gate_up(layer, keep)?;
+        self.arena.gate_up.enter(layer)?;
+        self.gate_up(layer, keep, false)?;
+        self.arena.gate_up.leave(layer)?;
         self.down(layer, keep)
     }
 
@@ -247,7 +249,7 @@ impl<'a> Run<'a> {
     /// over all that stand there.
     pub(super) fn attend(&self, layer: usize, keep: bool, cache: Option<&Cached>) -> Result<()> {
         let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
-        let at = self.places(w, kept, layer);
+        let at = self.places(w, kept, layer, false);
         let h = self.config.hidden_size;
         let x = (self.arena.x(layer).ptr(), h);
         let low = |i: usize| keep.then_some(&kept.low[i]);
@@ -279,10 +281,10 @@ impl<'a> Run<'a> {
         self.project(&w.groups[O], at.o, at.x2, Some(x))
     }
 
-    /// Gate and up of the second half.
-    pub(super) fn gate_up(&self, layer: usize, keep: bool) -> Result<()> {
+    /// Gate and up of the second half, where the forward or the backward has them.
+    pub(super) fn gate_up(&self, layer: usize, keep: bool, backward: bool) -> Result<()> {
         let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
-        let (at, h) = (self.places(w, kept, layer), self.config.hidden_size);
+        let (at, h) = (self.places(w, kept, layer, backward), self.config.hidden_size);
         let low = keep.then_some(&kept.low[1]);
         ops::rms_fwd(
             self.gpu,
@@ -303,7 +305,7 @@ impl<'a> Run<'a> {
     /// The rest of the layer, from gate and up.
     pub(super) fn down(&self, layer: usize, keep: bool) -> Result<()> {
         let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
-        let at = self.places(w, kept, layer);
+        let at = self.places(w, kept, layer, false);
         let (h, f) = (self.config.hidden_size, self.config.intermediate_size);
         ops::gated_fwd(self.gpu, self.e, at.h, at.gu, self.n, f, self.act())?;
         self.low_rank_in(&w.groups[DOWN], at.h, keep.then_some(&kept.low[2]))?;
@@ -395,23 +397,29 @@ impl<'a> Run<'a> {
     ) -> Result<()> {
         let Some(backward) = &self.arena.backward else { return Ok(()) };
         let again = !self.arena.keeps(layer);
+        if layer == 0 && self.arena.ring.is_none() {
+            // The first layer's output stood in their place.
+            self.embed()?;
+        }
         if again {
             self.attend(layer, true, None)?;
-            self.gate_up(layer, true)?;
+            self.gate_up(layer, true, true)?;
         }
         let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
-        let at = self.places(w, kept, layer);
+        let at = self.places(w, kept, layer, true);
         let Backward { d, ld, dn, delta } = backward;
         let (gpu, e, n) = (self.gpu, self.e, self.n);
         let (h, f) = (self.config.hidden_size, self.config.intermediate_size);
-        let (d, dn, d_o) = ((d.ptr(), *ld), (dn.ptr(), h), (dn.ptr(), self.q));
+        let (d, dn, d_o) = ((d.ptr(), *ld), (*dn, h), (*dn, self.q));
         let low = |i: usize, g: usize| (kept.low[i].ptr(), w.groups[g].r);
 
         // MLP
         if !again {
             ops::rms_again(gpu, e, at.n2, kept.rstd2.ptr(), at.x2, w.mlp_norm.ptr(), n, h)?;
         }
-        if !again && !self.arena.keeps_gate_up(layer) {
+        let gate_up = &self.arena.gate_up;
+        if !again && gate_up.again(layer) {
+            gate_up.enter_backward(layer)?;
             let group = &w.groups[GATE_UP];
             if group.r > 0 {
                 ops::copy2d(gpu, e, self.shift(at.n2, h), low(1, GATE_UP), n, group.r)?;
@@ -420,6 +428,9 @@ impl<'a> Run<'a> {
         }
         self.low_rank_out(&w.groups[DOWN], d)?;
         self.back(&w.groups[DOWN], d, at.h)?;
+        if !gate_up.again(layer) {
+            gate_up.enter_backward(layer)?;
+        }
         ops::gated_bwd(gpu, e, at.h, at.gu, n, f, self.act())?;
         if again {
             self.low_rank_in(&w.groups[DOWN], at.h, Some(&kept.low[2]))?;
@@ -428,6 +439,7 @@ impl<'a> Run<'a> {
         self.low_rank_out(&w.groups[GATE_UP], at.gu)?;
         self.back(&w.groups[GATE_UP], at.gu, dn)?;
         self.gradients(&w.groups[GATE_UP], &grads[GATE_UP], at.gu, at.n2, low(1, GATE_UP), add)?;
+        gate_up.leave_backward(layer)?;
         ops::rms_bwd(gpu, e, d, dn, at.x2, w.mlp_norm.ptr(), kept.rstd2.ptr(), 0, n, h, true)?;
 
         // Attention
@@ -439,7 +451,7 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         let (heads, kv_heads, dim) = self.heads();
-        let dqkv = (self.arena.h.ptr(), self.q + 2 * self.kv + group.r);
+        let dqkv = (self.arena.h, padded(self.q + 2 * self.kv + group.r));
         let (dk, dv) = (self.shift(dqkv, self.q), self.shift(dqkv, self.q + self.kv));
         let attention = self.attention(at.qkv);
         ops::attention_bwd(

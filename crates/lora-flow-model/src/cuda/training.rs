@@ -41,6 +41,7 @@ pub struct Training {
     generation: u64,
     dropout: f64,
     widest_input: usize,
+    host: u64,
 }
 
 impl std::fmt::Debug for Training {
@@ -50,11 +51,13 @@ impl std::fmt::Debug for Training {
 }
 
 impl CudaDecoder {
-    /// Puts an adapter on the device to be trained. `b_ratio`: learning rate of B over that of A.
+    /// Puts an adapter on the device to be trained. `b_ratio`: learning rate of B over that of A;
+    /// `host`: bytes of the host's memory that activations may take where the device has no room,
+    /// `LORA_FLOW_CUDA_HOST_GIB` if that is set.
     ///
     /// # Errors
     /// When the adapter does not fit the model or the device has no room.
-    pub fn training(&self, lora: &Lora, b_ratio: f64) -> Result<Training> {
+    pub fn training(&self, lora: &Lora, b_ratio: f64, host: u64) -> Result<Training> {
         super::check_supported(lora)?;
         let mut state = self.lock();
         let weights = &mut state.weights;
@@ -96,6 +99,7 @@ impl CudaDecoder {
             generation: weights.generation,
             dropout: lora.config.lora_dropout,
             widest_input: inputs.max().unwrap_or(0),
+            host: super::gib("LORA_FLOW_CUDA_HOST_GIB").unwrap_or(host),
         };
         weights.detach();
         training.place()?;
@@ -131,6 +135,11 @@ impl Training {
 
     pub(super) fn grads(&self, layer: usize) -> &[GroupGrads; 4] {
         &self.grads[layer]
+    }
+
+    /// Bytes of the host's memory that activations may take.
+    pub(super) fn host_memory(&self) -> u64 {
+        self.host
     }
 
     pub(super) fn accumulate(&self) -> bool {

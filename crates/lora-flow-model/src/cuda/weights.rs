@@ -19,6 +19,7 @@ use lora_flow_core::{Error, Result, ResultExt};
 use lora_flow_kernels::cuda::ops::{self, AdamWBuffers, Mat, Matrix, PIECE};
 use lora_flow_kernels::cuda::{Buffer, CudaError, DevicePtr, Element, Gpu};
 
+use super::arena::padded;
 use super::report;
 use crate::config::ModelConfig;
 use crate::layer::Proj;
@@ -69,7 +70,7 @@ pub(super) struct Group {
 impl Group {
     /// Values from one row to the next.
     pub(super) fn ld(&self) -> usize {
-        self.input + self.r
+        if self.r == 0 { self.input } else { padded(self.input + self.r) }
     }
 
     /// W, with s·B to its right.
@@ -353,7 +354,7 @@ impl Weights {
                 moved = true;
                 let r = column.next_multiple_of(8);
                 let (old, size) = (group.w(), e.size());
-                let ld = group.input + r;
+                let ld = if r == 0 { group.input } else { padded(group.input + r) };
                 let weight = gpu.zeros::<u8>((group.output + r) * ld * size).map_err(report)?;
                 let (to, from) = ((weight.ptr(), ld * size), (old.0, old.1 * size));
                 gpu.copy_rows(to, from, group.input * size, group.output).map_err(report)?;

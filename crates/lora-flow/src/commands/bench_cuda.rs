@@ -82,6 +82,7 @@ pub(super) fn bench(
     let launches: usize = profile.iter().map(|p| p.1).sum();
     drop(step);
     let peak = gpu.memory().1;
+    let kept = decoder.cuda().map_or([0; 3], CudaDecoder::kept);
     let ceiling = ceiling(gpu).map_err(report)?;
 
     times.sort_by(f64::total_cmp);
@@ -105,6 +106,7 @@ pub(super) fn bench(
             "ms_per_step": seconds * 1e3,
             "tokens_per_second": batch.len() as f64 / seconds,
             "peak_gpu_bytes": peak,
+            "gate_up_layers": { "kept": kept[0], "on_host": kept[1], "recomputed": kept[2] },
             "tflops": rate * 1e-12,
             "ceiling_tflops": ceiling * 1e-12,
             "model_flop_utilisation": share,
@@ -124,6 +126,10 @@ pub(super) fn bench(
     );
     println!("tokens/s             {:>12.0}", batch.len() as f64 / seconds);
     println!("peak GPU memory      {:>12}", table::bytes(peak));
+    if trains {
+        let [here, away, again] = kept;
+        println!("gate and up          {here:>12}  layers kept, {away} on the host, {again} again");
+    }
     println!(
         "model arithmetic     {:>12.1}  TFLOP/s, {:.1} % of a plain product's {:.0}",
         rate * 1e-12,
