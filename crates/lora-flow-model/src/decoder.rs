@@ -23,6 +23,7 @@ use crate::full;
 use crate::layer::{Activations, Dims, Keep, KvCache, Layer, Linear, Pass, Proj};
 use crate::lora::Lora;
 use crate::place::Place;
+use crate::prefix_tree::PrefixTree;
 use crate::weights::WeightSource;
 
 /// Rows of the head's input that the loss works on at a time.
@@ -303,6 +304,15 @@ impl Decoder {
         &self.device
     }
 
+    /// Whether it computes on the CPU.
+    pub(crate) fn on_cpu(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if self.cuda.is_some() {
+            return false;
+        }
+        self.device.is_cpu()
+    }
+
     /// The linear layers that an adapter can attach to, in model order.
     pub fn linear_modules(&self) -> Vec<ModuleInfo> {
         self.config.linear_modules()
@@ -507,7 +517,7 @@ impl Decoder {
         positions: &'a [u32],
         rope: &'a RopeTable,
     ) -> Pass<'a> {
-        Pass { dims: &self.dims, rope, docs, positions }
+        Pass { dims: &self.dims, rope, docs, positions, ends: None }
     }
 
     /// The residual stream after the last layer, [N, H].
@@ -516,10 +526,22 @@ impl Decoder {
         let positions = batch.positions();
         let rope = self.rope(batch.longest());
         let pass = self.pass(&batch.doc_starts, &positions, &rope);
+        self.run(&batch.input_ids, &pass, map)
+    }
+
+    /// The same of documents that share their beginnings.
+    pub(crate) fn tree_hidden(&self, tree: &PrefixTree, map: &AdapterMap<'_>) -> Result<Tensor> {
+        let longest = tree.positions.iter().max().map_or(0, |p| *p as usize + 1);
+        let rope = self.rope(longest);
+        let pass = Pass { ends: Some(&tree.ends), ..self.pass(&[], &tree.positions, &rope) };
+        self.run(&tree.ids, &pass, map)
+    }
+
+    fn run(&self, ids: &[u32], pass: &Pass<'_>, map: &AdapterMap<'_>) -> Result<Tensor> {
         let run = || {
-            let mut x = embedding::gather(&self.embed, &batch.input_ids, self.compute)?;
+            let mut x = embedding::gather(&self.embed, ids, self.compute)?;
             for (layer, adapter) in self.layers.iter().zip(&map.layers) {
-                x = layer.forward(&x, &pass, adapter)?;
+                x = layer.forward(&x, pass, adapter)?;
             }
             Ok(x)
         };
@@ -566,17 +588,24 @@ impl Decoder {
         linear::matmul_nt(&h, &self.head)?.to_dtype(DType::F32)
     }
 
-    /// Logits [V] of the last of some new tokens of one document, whose earlier tokens stand in
-    /// `caches` (one per layer).
-    pub(crate) fn next_logits(
+    /// Logits [V] after a prompt; its keys and values go into `caches` (empty ones, one a layer).
+    pub(crate) fn read_prompt(
         &self,
         ids: &[u32],
-        past: usize,
         adapters: &[LayerAdapter<'_>],
         caches: &mut [KvCache],
     ) -> Result<Vec<f32>> {
-        let x = self.cached_hidden(ids, past, adapters, caches)?;
-        let run = || {
+        let batch = Batch::from_documents(&[ids]);
+        batch.check(self.config.vocab_size)?;
+        let positions = batch.positions();
+        let rope = self.rope(ids.len());
+        let pass = self.pass(&batch.doc_starts, &positions, &rope);
+        let mut run = || {
+            let mut x = embedding::gather(&self.embed, ids, self.compute)?;
+            for ((layer, adapter), cache) in self.layers.iter().zip(adapters).zip(&mut *caches) {
+                let mut one = [cache];
+                x = layer.forward_cached(&x, &pass, adapter, &mut one)?;
+            }
             let last = x.narrow(0, ids.len() - 1, 1)?.contiguous()?;
             self.head_logits(&last)?.flatten_all()?.to_vec1::<f32>()
         };
@@ -585,31 +614,25 @@ impl Decoder {
         })
     }
 
-    /// The residual stream [M, H] after the last layer of some new tokens of one document, whose
-    /// earlier tokens stand in `caches` (one per layer).
-    pub(crate) fn cached_hidden(
+    /// Logits [V] after one further token of each of several documents, whose tokens so far stand in
+    /// its caches (one a layer).
+    pub(crate) fn next_logits(
         &self,
         ids: &[u32],
-        past: usize,
+        positions: &[u32],
         adapters: &[LayerAdapter<'_>],
-        caches: &mut [KvCache],
-    ) -> Result<Tensor> {
-        if let Some(id) = ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
-            return Err(Error::new(format!(
-                "token id {id} is outside the model's vocabulary of {}",
-                self.config.vocab_size
-            )));
-        }
-        let docs = [0, ids.len()];
-        let positions: Vec<u32> = (past..past + ids.len()).map(|p| p as u32).collect();
-        let rope = self.rope(past + ids.len());
-        let pass = self.pass(&docs, &positions, &rope);
+        caches: &mut [&mut [KvCache]],
+    ) -> Result<Vec<Vec<f32>>> {
+        let rope = self.rope(positions.iter().max().map_or(0, |p| *p as usize + 1));
+        let pass = self.pass(&[], positions, &rope);
         let mut run = || {
             let mut x = embedding::gather(&self.embed, ids, self.compute)?;
-            for ((layer, adapter), cache) in self.layers.iter().zip(adapters).zip(&mut *caches) {
-                x = layer.forward_cached(&x, &pass, adapter, cache)?;
+            for (i, (layer, adapter)) in self.layers.iter().zip(adapters).enumerate() {
+                let mut of_layer: Vec<&mut KvCache> =
+                    caches.iter_mut().map(|c| &mut c[i]).collect();
+                x = layer.forward_cached(&x, &pass, adapter, &mut of_layer)?;
             }
-            Ok(x)
+            self.head_logits(&x)?.to_vec2::<f32>()
         };
         run().map_err(|e: candle_core::Error| {
             Error::new("cannot run the model forward").with_source(e)

@@ -9,9 +9,9 @@ use rand_chacha::ChaCha8Rng;
 use super::*;
 use crate::batch::RowRef;
 use crate::config::{Architecture, RopeScaling};
-use crate::generate::{GenerateOptions, Generator};
-use crate::layer::KvCache;
+use crate::generate::{GenerateOptions, Generated, Generator};
 use crate::lora::{Init, LoraConfig, LoraModule, SavedTensor, TargetModules};
+use crate::score::Ask;
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -444,18 +444,109 @@ fn generation_with_the_cache_is_generation_without() {
 }
 
 #[test]
-fn several_tokens_after_a_cached_prompt_give_the_same_logits() {
+fn what_is_generated_does_not_depend_on_what_else_is() {
     for (what, config) in variants() {
         let decoder = decoder(&config);
-        let map = AdapterMap::new(&config, None, None).unwrap();
-        let text = ids(11, 6);
-        let mut caches = vec![KvCache::new(), KvCache::new()];
-        decoder.next_logits(&text[..4], 0, &map.layers, &mut caches).unwrap();
-        let found = decoder.next_logits(&text[4..], 4, &map.layers, &mut caches).unwrap();
-        let all = decoder.logits(&Batch::from_documents(&[text]), None).unwrap();
-        for (x, y) in found.iter().zip(&all.to_vec2::<f32>().unwrap()[10]) {
-            assert!((x - y).abs() < 1e-4, "{what}: {x} and {y}");
+        let lora = adapter(&config, 0.0, |_| true);
+        let generator = Generator::new(&decoder);
+        for temperature in [0.0, 0.8] {
+            let options = GenerateOptions { max_new_tokens: 20, temperature, ..Default::default() };
+            let prompts: Vec<Vec<u32>> = (1..22).map(|n| ids(n * 5 % 37 + 1, n as u64)).collect();
+            // Each ends elsewhere, so that places become free at different times.
+            let go_on = |prompt: usize, count: usize| count < 3 + prompt * 7 % 19;
+            let alone: Vec<Generated> = prompts
+                .iter()
+                .enumerate()
+                .map(|(i, prompt)| {
+                    let mut count = 0;
+                    let on_token = |_| {
+                        count += 1;
+                        go_on(i, count)
+                    };
+                    generator.generate(prompt, Some(&lora), &options, on_token).unwrap()
+                })
+                .collect();
+            let run = |together: usize, order: &[usize]| {
+                let asked: Vec<&[u32]> = order.iter().map(|i| prompts[*i].as_slice()).collect();
+                let (mut counts, mut out) = (vec![0; order.len()], vec![None; order.len()]);
+                generator
+                    .generate_all(
+                        &asked,
+                        Some(&lora),
+                        &options,
+                        together,
+                        |i, _| {
+                            counts[i] += 1;
+                            go_on(order[i], counts[i])
+                        },
+                        |i, generated| {
+                            out[i] = Some(generated);
+                            Ok(())
+                        },
+                    )
+                    .unwrap();
+                for (i, found) in order.iter().zip(out) {
+                    assert_eq!(found.as_ref(), Some(&alone[*i]), "{what}: {together} together");
+                }
+            };
+            let (forth, back): (Vec<usize>, Vec<usize>) =
+                ((0..prompts.len()).collect(), (0..prompts.len()).rev().collect());
+            for together in [1, 2, 5, 16, 100] {
+                run(together, &forth);
+                run(together, &back);
+            }
         }
+    }
+}
+
+#[test]
+fn an_empty_prompt_among_several_is_named() {
+    let (_, config) = variants().remove(0);
+    let decoder = decoder(&config);
+    let prompts: [&[u32]; 2] = [&[1], &[]];
+    let options = GenerateOptions::default();
+    let error = Generator::new(&decoder)
+        .generate_all(&prompts, None, &options, 2, |_, _| true, |_, _| Ok(()))
+        .unwrap_err();
+    assert!(error.to_string().contains("prompt 1 has no tokens"), "{error}");
+}
+
+#[test]
+fn scores_of_documents_that_begin_alike_are_those_of_each_alone() {
+    for (what, config) in variants() {
+        let decoder = decoder(&config);
+        let lora = adapter(&config, 0.0, |_| true);
+        let (begin, other) = (ids(40, 1), ids(9, 2));
+        let documents: Vec<Vec<u32>> = (0..14)
+            .map(|i| {
+                let start = if i % 5 == 4 { &other } else { &begin };
+                let kept = start.len() - i % 3;
+                [&start[..kept], &ids(1 + i * 3 % 8, i as u64 / 2)].concat()
+            })
+            .collect();
+        let asks = |document: usize, ids: &[u32]| -> Vec<Ask> {
+            let ask = |position| Ask { document, position, token: (position * 7 % 11) as u32 };
+            (0..ids.len()).rev().map(ask).collect()
+        };
+        let all: Vec<&[u32]> = documents.iter().map(Vec::as_slice).collect();
+        let together: Vec<Ask> =
+            documents.iter().enumerate().flat_map(|(i, d)| asks(i, d)).collect();
+        let mut found = decoder.score(&all, Some(&lora), &together).unwrap().into_iter();
+        for ids in all {
+            let alone = decoder.score(&[ids], Some(&lora), &asks(0, ids)).unwrap();
+            let logits = decoder.logits(&Batch::from_documents(&[ids]), Some(&lora)).unwrap();
+            let logits = logits.to_vec2::<f32>().unwrap();
+            for (ask, (a, b)) in asks(0, ids).iter().zip(alone.iter().zip(found.by_ref())) {
+                assert!((a.logprob - b.logprob).abs() < 1e-4, "{what}: {a:?} and {b:?}");
+                let row = &logits[ask.position];
+                let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+                let want = f64::from(row[ask.token as usize]) - sum.ln();
+                assert!((a.logprob - want).abs() < 1e-4, "{what}: {a:?} and {want}");
+            }
+        }
+        assert!(found.next().is_none());
+        let outside = Ask { document: 0, position: 99, token: 0 };
+        assert!(decoder.score(&[&[1]], None, &[outside]).is_err());
     }
 }
 

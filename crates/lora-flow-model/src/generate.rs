@@ -2,8 +2,13 @@
 //!
 //! The adapter is an argument of each call, so that adapters are swapped without loading the base
 //! again. The same seed gives the same tokens.
+//!
+//! Several prompts go together: on a CPU a step costs one pass over the weights, for one row as for
+//! some. A prompt runs alone and a row's products do not depend on the rows beside it, so what is
+//! generated for a prompt has the same bits whatever else is asked.
 
 use lora_flow_core::{Error, Result};
+use lora_flow_kernels::linear::FEW_ROWS;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -11,6 +16,9 @@ use crate::adapter::AdapterMap;
 use crate::decoder::Decoder;
 use crate::layer::KvCache;
 use crate::lora::Lora;
+
+/// Most prompts that go together: products with so few rows run row by row as the weights pass.
+pub const MOST_TOGETHER: usize = FEW_ROWS;
 
 /// How to choose tokens, and when to stop.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,56 +86,195 @@ impl<'a> Generator<'a> {
         options: &GenerateOptions,
         mut on_token: impl FnMut(u32) -> bool,
     ) -> Result<Generated> {
-        if prompt.is_empty() {
-            return Err(Error::new("the prompt has no tokens"));
-        }
-        if !(options.temperature >= 0.0 && options.temperature.is_finite()) {
-            return Err(Error::new(format!(
-                "`temperature` is {}, it must not be negative",
-                options.temperature
-            )));
-        }
-        if !(options.top_p > 0.0 && options.top_p <= 1.0) {
-            return Err(Error::new(format!(
-                "`top_p` is {}, it must be above 0 and at most 1",
-                options.top_p
-            )));
+        let mut one = None;
+        let done = |_, generated| {
+            one = Some(generated);
+            Ok(())
+        };
+        self.generate_all(&[prompt], adapter, options, 1, |_, token| on_token(token), done)?;
+        one.ok_or_else(|| Error::new("nothing was generated"))
+    }
+
+    /// Continues each of `prompts`, up to `together` and [`MOST_TOGETHER`] of them at a time, each as
+    /// [`Self::generate`] does. `on_token` gets the prompt's number and a token, `done` what was
+    /// generated for a prompt as soon as it has ended.
+    ///
+    /// # Errors
+    /// As there, and those of `done`.
+    pub fn generate_all(
+        &self,
+        prompts: &[&[u32]],
+        adapter: Option<&Lora>,
+        options: &GenerateOptions,
+        together: usize,
+        mut on_token: impl FnMut(usize, u32) -> bool,
+        mut done: impl FnMut(usize, Generated) -> Result<()>,
+    ) -> Result<()> {
+        options.check()?;
+        if let Some(empty) = prompts.iter().position(|prompt| prompt.is_empty()) {
+            let which = if prompts.len() > 1 { format!(" {empty}") } else { String::new() };
+            return Err(Error::new(format!("the prompt{which} has no tokens")));
         }
         if let Some((own, lora)) = self.decoder.overlaid(adapter)? {
-            return Generator::new(&own).generate(prompt, Some(&lora), options, on_token);
+            let own = Generator::new(&own);
+            return own.generate_all(prompts, Some(&lora), options, together, on_token, done);
         }
         let config = self.decoder.config();
         let stops = options.stop.as_ref().unwrap_or(&config.eos_token_ids);
         let map = AdapterMap::new(config, adapter, None)?;
-        let mut caches: Vec<_> = map.layers.iter().map(|_| KvCache::new()).collect();
-        #[cfg(feature = "cuda")]
-        let mut session = self.decoder.cuda().map(|cuda| cuda.session(adapter));
-        let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-        let mut tokens = Vec::new();
-        let mut next = prompt.to_vec();
-        let mut past = 0;
-        while tokens.len() < options.max_new_tokens {
-            #[cfg(feature = "cuda")]
-            let on_gpu = session.as_mut().map(|s| s.next_logits(&next)).transpose()?;
-            #[cfg(not(feature = "cuda"))]
-            let on_gpu = None;
-            let logits = match on_gpu {
-                Some(logits) => logits,
-                None => self.decoder.next_logits(&next, past, &map.layers, &mut caches)?,
-            };
-            past += next.len();
-            let token = choose(logits, options, &mut rng)?;
-            if stops.contains(&token) {
-                return Ok(Generated { tokens, stop: Stop::Token(token) });
+        // On a GPU a prompt has a session, and memory, of its own.
+        let most = if self.decoder.on_cpu() { MOST_TOGETHER } else { 1 };
+        let mut waiting = prompts.iter().enumerate();
+        let mut lanes: Vec<Lane<'_>> = Vec::new();
+        loop {
+            while lanes.len() < together.clamp(1, most)
+                && let Some((index, prompt)) = waiting.next()
+            {
+                let mut lane = Lane::new(self.decoder, adapter, index, &map, options);
+                if options.max_new_tokens == 0 {
+                    done(index, lane.ended(Stop::Length))?;
+                    continue;
+                }
+                lane.read(self.decoder, prompt, &map)?;
+                lanes.push(lane);
             }
-            tokens.push(token);
-            if !on_token(token) {
-                return Ok(Generated { tokens, stop: Stop::Caller });
+            if lanes.is_empty() {
+                return Ok(());
             }
-            next = vec![token];
+            let mut going = Vec::with_capacity(lanes.len());
+            for mut lane in lanes {
+                match lane.choose(options, stops, &mut on_token)? {
+                    Some(stop) => done(lane.index, lane.ended(stop))?,
+                    None => going.push(lane),
+                }
+            }
+            lanes = going;
+            step(self.decoder, &mut lanes, &map)?;
         }
-        Ok(Generated { tokens, stop: Stop::Length })
     }
+}
+
+impl GenerateOptions {
+    fn check(&self) -> Result<()> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return Err(Error::new(format!(
+                "`temperature` is {}, it must not be negative",
+                self.temperature
+            )));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(Error::new(format!(
+                "`top_p` is {}, it must be above 0 and at most 1",
+                self.top_p
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// One prompt under way.
+struct Lane<'a> {
+    /// Number of the prompt.
+    index: usize,
+    tokens: Vec<u32>,
+    rng: ChaCha8Rng,
+    /// Of the next token; empty until they are known.
+    logits: Vec<f32>,
+    /// Tokens whose keys and values are known.
+    past: usize,
+    caches: Vec<KvCache>,
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<crate::cuda::Session<'a>>,
+    #[cfg(not(feature = "cuda"))]
+    on_gpu: std::marker::PhantomData<&'a ()>,
+}
+
+impl<'a> Lane<'a> {
+    #[cfg_attr(
+        not(feature = "cuda"),
+        allow(unused_variables, reason = "the GPU's session needs them")
+    )]
+    fn new(
+        decoder: &'a Decoder,
+        adapter: Option<&'a Lora>,
+        index: usize,
+        map: &AdapterMap<'_>,
+        options: &GenerateOptions,
+    ) -> Self {
+        Self {
+            index,
+            tokens: Vec::new(),
+            rng: ChaCha8Rng::seed_from_u64(options.seed),
+            logits: Vec::new(),
+            past: 0,
+            caches: map.layers.iter().map(|_| KvCache::new()).collect(),
+            #[cfg(feature = "cuda")]
+            on_gpu: decoder.cuda().map(|cuda| cuda.session(adapter)),
+            #[cfg(not(feature = "cuda"))]
+            on_gpu: std::marker::PhantomData,
+        }
+    }
+
+    /// Reads the prompt.
+    fn read(&mut self, decoder: &Decoder, prompt: &[u32], map: &AdapterMap<'_>) -> Result<()> {
+        self.past = prompt.len();
+        #[cfg(feature = "cuda")]
+        if let Some(session) = &mut self.on_gpu {
+            self.logits = session.next_logits(prompt)?;
+            return Ok(());
+        }
+        self.logits = decoder.read_prompt(prompt, &map.layers, &mut self.caches)?;
+        Ok(())
+    }
+
+    /// Chooses the next token; why it ends, if it does.
+    fn choose(
+        &mut self,
+        options: &GenerateOptions,
+        stops: &[u32],
+        on_token: &mut impl FnMut(usize, u32) -> bool,
+    ) -> Result<Option<Stop>> {
+        let token = choose(std::mem::take(&mut self.logits), options, &mut self.rng)?;
+        if stops.contains(&token) {
+            return Ok(Some(Stop::Token(token)));
+        }
+        self.tokens.push(token);
+        if !on_token(self.index, token) {
+            return Ok(Some(Stop::Caller));
+        }
+        Ok((self.tokens.len() >= options.max_new_tokens).then_some(Stop::Length))
+    }
+
+    fn ended(self, stop: Stop) -> Generated {
+        Generated { tokens: self.tokens, stop }
+    }
+}
+
+/// Takes the last token of each lane through the model.
+fn step(decoder: &Decoder, lanes: &mut [Lane<'_>], map: &AdapterMap<'_>) -> Result<()> {
+    if lanes.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<u32> = lanes.iter().filter_map(|lane| lane.tokens.last().copied()).collect();
+    #[cfg(feature = "cuda")]
+    if decoder.cuda().is_some() {
+        for (lane, id) in lanes.iter_mut().zip(&ids) {
+            if let Some(session) = &mut lane.on_gpu {
+                lane.logits = session.next_logits(&[*id])?;
+            }
+            lane.past += 1;
+        }
+        return Ok(());
+    }
+    let positions: Vec<u32> = lanes.iter().map(|lane| lane.past as u32).collect();
+    let mut caches: Vec<&mut [KvCache]> =
+        lanes.iter_mut().map(|lane| lane.caches.as_mut_slice()).collect();
+    let logits = decoder.next_logits(&ids, &positions, &map.layers, &mut caches)?;
+    for (lane, logits) in lanes.iter_mut().zip(logits) {
+        lane.logits = logits;
+        lane.past += 1;
+    }
+    Ok(())
 }
 
 /// The next token by its logits.

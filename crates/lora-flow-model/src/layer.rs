@@ -12,6 +12,7 @@ use lora_flow_kernels::activation::{Act, swiglu_backward, swiglu_forward};
 use lora_flow_kernels::linear::{LoraPair, Projection};
 use lora_flow_kernels::rope::RopeTable;
 use lora_flow_kernels::{attention, elementwise, linear, rms_norm, rope};
+use rayon::prelude::*;
 
 use crate::adapter::{LayerAdapter, LoraGrads, Slot};
 use crate::{dora, full};
@@ -151,6 +152,20 @@ pub(crate) struct Pass<'a> {
     pub(crate) docs: &'a [usize],
     /// Position of each token in its document.
     pub(crate) positions: &'a [u32],
+    /// Of documents that share their beginnings, where the branch of each token ends; `docs` is then
+    /// not read.
+    pub(crate) ends: Option<&'a [usize]>,
+}
+
+impl Pass<'_> {
+    /// Attention output and log-sum-exp, see [`attention::forward`].
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (scale, window) = (self.dims.scale(), self.dims.window);
+        match self.ends {
+            Some(ends) => attention::forward_tree(q, k, v, ends, scale),
+            None => attention::forward(q, k, v, self.docs, scale, window),
+        }
+    }
 }
 
 /// The weights of one layer.
@@ -333,7 +348,7 @@ impl Layer {
         let mut xa: [Option<Tensor>; 7] = Default::default();
         let (n1, rstd1) = self.norm1(x, dims)?;
         let (q, k, v, before_qk_norm) = self.qkv(&n1, pass, adapter, &mut xa)?;
-        let (o, lse) = attention::forward(&q, &k, &v, pass.docs, dims.scale(), dims.window)?;
+        let (o, lse) = pass.attend(&q, &k, &v)?;
         let [attended] = self.project(&o.flatten_from(1)?, [Proj::O], adapter, &mut xa)?;
         let (x2, n2, rstd2) = rms_norm::add_forward(&attended, x, &self.mlp_norm, dims.eps)?;
         drop(attended);
@@ -503,24 +518,32 @@ impl Layer {
         Ok(Some(rms_norm::backward_add(&dn1, x, norm, rstd, Some(&dx2))?))
     }
 
-    /// Forward of M new tokens of one document whose earlier keys and values stand in `cache`.
+    /// Forward of the first tokens of one document, whose cache is empty, or of one further token of
+    /// each of several, whose keys and values so far stand in `caches`.
     pub(crate) fn forward_cached(
         &self,
         x: &Tensor,
         pass: &Pass<'_>,
         adapter: &LayerAdapter<'_>,
-        cache: &mut KvCache,
+        caches: &mut [&mut KvCache],
     ) -> Result<Tensor> {
         let dims = pass.dims;
         let mut xa: [Option<Tensor>; 7] = Default::default();
         let (n1, _) = self.norm1(x, dims)?;
         let (q, k, v, _) = self.qkv(&n1, pass, adapter, &mut xa)?;
-        let first = cache.len == 0;
-        cache.append(&k, &v)?;
-        let o = if first {
-            attention::forward(&q, &k, &v, pass.docs, dims.scale(), dims.window)?.0
-        } else {
-            cache.attend(&q, dims)?
+        let o = match caches {
+            [cache] if cache.len == 0 => {
+                cache.append(&k, &v)?;
+                pass.attend(&q, &k, &v)?.0
+            }
+            _ => {
+                let rows = caches.par_iter_mut().enumerate();
+                let rows = rows.map(|(i, cache)| {
+                    cache.append(&k.narrow(0, i, 1)?, &v.narrow(0, i, 1)?)?;
+                    cache.attend(&q.narrow(0, i, 1)?, dims)
+                });
+                Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)?
+            }
         };
         let [attended] = self.project(&o.flatten_from(1)?, [Proj::O], adapter, &mut xa)?;
         let (x2, n2, _) = rms_norm::add_forward(&attended, x, &self.mlp_norm, dims.eps)?;
@@ -556,11 +579,6 @@ impl KvCache {
         Self { k: None, v: None, len: 0 }
     }
 
-    /// Forgets all but the first `len` tokens; what comes next is written over the others.
-    pub(crate) fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-    }
-
     /// Adds keys and values [M, kv_heads, D].
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         let added = k.dim(0)?;
@@ -584,50 +602,22 @@ impl KvCache {
         Ok(())
     }
 
-    /// Attention of the last M tokens, q [M, heads, D], over all tokens so far. The scores are
-    /// M × length, so M is one or a few.
+    /// Attention of the last token, q [1, heads, D], over all tokens so far.
     fn attend(&self, q: &Tensor, dims: &Dims) -> Result<Tensor> {
         let (Some(k), Some(v)) = (&self.k, &self.v) else {
             candle_core::bail!("the cache of keys and values is empty")
         };
-        let (m, _, width) = q.dims3()?;
+        let (_, _, width) = q.dims3()?;
         let group = dims.heads / dims.kv_heads;
-        // A lone query never looks back beyond the window, so the keys before it can be left out.
-        let start = match dims.window {
-            Some(window) if m == 1 => self.len.saturating_sub(window),
-            _ => 0,
-        };
+        let start = dims.window.map_or(0, |window| self.len.saturating_sub(window));
         let seen = self.len - start;
         let (k, v) = (k.narrow(1, start, seen)?, v.narrow(1, start, seen)?);
-        let q = q.reshape((m, dims.kv_heads, group, width))?.permute((1, 2, 0, 3))?;
-        let q = q.contiguous()?.reshape((dims.kv_heads, group * m, width))?;
+        let q = q.reshape((dims.kv_heads, group, width))?;
         let scores = (q.matmul(&k.t()?)?.to_dtype(wide(q.dtype()))? * f64::from(dims.scale()))?;
-        let scores = if m == 1 {
-            scores
-        } else {
-            let mask = self.mask(m, group, dims.window, scores.dtype())?;
-            scores.broadcast_add(&mask.to_device(q.device())?)?
-        };
         let max = scores.max_keepdim(2)?;
         let weights = scores.broadcast_sub(&max)?.exp()?;
         let weights = weights.broadcast_div(&weights.sum_keepdim(2)?)?.to_dtype(v.dtype())?;
-        let o = weights.matmul(&v.contiguous()?)?.reshape((dims.kv_heads, group, m, width))?;
-        o.permute((2, 0, 1, 3))?.contiguous()?.reshape((m, dims.heads, width))
-    }
-
-    /// 0 where the query may look, −∞ elsewhere: [group·m, length].
-    fn mask(&self, m: usize, group: usize, window: Option<usize>, dtype: DType) -> Result<Tensor> {
-        let first = self.len - m;
-        let cells: Vec<f32> = (0..group * m)
-            .flat_map(|row| {
-                let at = first + row % m;
-                (0..self.len).map(move |key| {
-                    let seen = key <= at && window.is_none_or(|w| at - key < w);
-                    if seen { 0.0 } else { f32::NEG_INFINITY }
-                })
-            })
-            .collect();
-        Tensor::from_vec(cells, (group * m, self.len), &candle_core::Device::Cpu)?.to_dtype(dtype)
+        weights.matmul(&v.contiguous()?)?.reshape((1, dims.heads, width))
     }
 }
 

@@ -25,6 +25,7 @@ pub mod lora_match;
 pub mod merge;
 pub mod peft;
 pub mod place;
+pub mod prefix_tree;
 pub mod residual;
 pub mod safetensors_file;
 pub mod score;

@@ -19,7 +19,7 @@ pub const TASKS: &[TaskKind] = &[
     kind::<Evaluate>("evaluate", 2, "perplexity of a model, with or without an adapter, on tokens"),
     kind::<EvaluateTasks>(
         "evaluate-tasks",
-        1,
+        2,
         "task files of lm-evaluation-harness on one or more models: metrics, errors, samples",
     ),
     kind::<Gate>(

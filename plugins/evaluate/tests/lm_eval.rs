@@ -261,7 +261,7 @@ fn tiny_tasks_give_the_harness_numbers() {
 
 #[test]
 fn scores_do_not_depend_on_the_batches() {
-    let names = ["binary", "choice", "choice_shots", "target"];
+    let names = ["binary", "choice", "choice_shots", "target", "generate"];
     let base = tiny_run(json!({}), &names);
     for with in [
         json!({ "batch_size": 1 }),
@@ -271,6 +271,7 @@ fn scores_do_not_depend_on_the_batches() {
         let other = tiny_run(with, &names);
         for name in names {
             for (a, b) in samples(&base, name).iter().zip(samples(&other, name)) {
+                assert_eq!(a.text("response"), b.text("response"), "{name}");
                 for (a, b) in a.list("loglikelihoods").iter().zip(b.list("loglikelihoods")) {
                     assert!((a - b).abs() < 1e-4, "{name}: {a} and {b}");
                 }

@@ -15,6 +15,8 @@ pub(super) struct Blocks {
     /// Ranges into `blocks` that share no key: one long document, or several short ones that fill
     /// a single block together.
     pub(super) segments: Vec<Range<usize>>,
+    /// Of a tree, the first row after those that see each token; empty where documents stand apart.
+    pub(super) ends: Vec<usize>,
 }
 
 impl Blocks {
@@ -26,6 +28,7 @@ impl Blocks {
             first_seen: Vec::with_capacity(tokens),
             blocks: Vec::new(),
             segments: Vec::new(),
+            ends: Vec::new(),
         };
         let mut short = 0..0;
         for pair in docs.windows(2) {
@@ -41,6 +44,15 @@ impl Blocks {
         }
         cut.segment(short);
         cut
+    }
+
+    /// Cuts a tree in depth-first order: token t is seen by the rows from t to `ends[t]`.
+    pub(super) fn tree(ends: &[usize]) -> Self {
+        let mut roots = vec![0];
+        while let Some(end) = roots.last().and_then(|root| ends.get(*root)) {
+            roots.push(*end);
+        }
+        Self { ends: ends.to_vec(), ..Self::new(&roots, None) }
     }
 
     /// Adds the documents of `tokens`, which is one document if it is longer than a block.
@@ -79,6 +91,14 @@ mod tests {
         assert_eq!(cut.first_seen.len(), 310);
         assert_eq!((cut.first_seen[9], cut.first_seen[209], cut.first_seen[214]), (3, 10, 210));
         assert_eq!(cut.tokens(&cut.segments[1]), 10..210);
+    }
+
+    #[test]
+    fn trees_begin_anew_at_each_root() {
+        let cut = Blocks::tree(&[4, 2, 4, 4, 6, 6]);
+        assert_eq!(cut.first_seen, [0, 0, 0, 0, 4, 4]);
+        assert_eq!(cut.blocks, [0..6]);
+        assert!(Blocks::tree(&[]).blocks.is_empty());
     }
 
     #[test]

@@ -22,20 +22,18 @@ const STRIDE: usize = KEYS + PANEL;
 /// Rows that are multiplied together with one range of the other side.
 const ROWS: usize = 12;
 
-/// See [`super::forward`].
+/// See [`super::forward`] and [`super::forward_tree`].
 pub(super) fn forward(
     dims: Dims,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    docs: &[usize],
+    cut: &Blocks,
     scale: f32,
-    window: Option<usize>,
 ) -> Result<(Tensor, Tensor)> {
     let Dims { tokens, heads, kv_heads, width } = dims;
     let (q, k, v) = (View::new(q, "q")?, View::new(k, "k")?, View::new(v, "v")?);
     let (q, k, v) = (q.f32()?, k.f32()?, v.f32()?);
-    let cut = Blocks::new(docs, window);
     let keys = TokenPanels::new(k, tokens, kv_heads, width);
     let values = WidthPanels::new(v, tokens, kv_heads, width);
     let (mut o, mut lse) = (zeros(q.len()), zeros(heads * tokens));
@@ -44,7 +42,7 @@ pub(super) fn forward(
         || ForwardScratch::new(width),
         |scratch, task| {
             let (block, head) = (&cut.blocks[task / heads], task % heads);
-            let block = Block { rows: block.clone(), first_seen: &cut.first_seen[block.clone()] };
+            let block = Block::new(cut, block);
             let kv_head = head / dims.group();
             let q = Head::new(q, heads, head, width);
             scratch.run(&block, q, &keys, &values, kv_head, scale);
@@ -72,18 +70,51 @@ struct Block<'a> {
     rows: Range<usize>,
     /// First token that each row sees.
     first_seen: &'a [usize],
+    /// See [`Blocks::ends`].
+    ends: &'a [usize],
 }
 
-impl Block<'_> {
+impl<'a> Block<'a> {
+    fn new(cut: &'a Blocks, rows: &Range<usize>) -> Self {
+        let first_seen = &cut.first_seen[rows.clone()];
+        Self { rows: rows.clone(), first_seen, ends: &cut.ends }
+    }
+
     fn len(&self) -> usize {
         self.rows.len()
     }
 
     /// Blocks of keys that some row sees; each begins at a multiple of PANEL.
-    fn key_blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+    fn key_blocks(&self) -> Vec<Range<usize>> {
         let start = self.first_seen.first().map_or(0, |first| first / PANEL * PANEL);
         let end = self.rows.end;
-        (start..end).step_by(KEYS).map(move |start| start..end.min(start + KEYS))
+        if self.ends.is_empty() {
+            let starts = (start..end).step_by(KEYS);
+            return starts.map(|start| start..end.min(start + KEYS)).collect();
+        }
+        // Panels of other branches lie between those that are seen.
+        let mut blocks: Vec<Range<usize>> = Vec::new();
+        for panel in (start..end).step_by(PANEL) {
+            let keys = panel..end.min(panel + PANEL);
+            if self.ends[keys.clone()].iter().all(|&end| end <= self.rows.start) {
+                continue;
+            }
+            match blocks.last_mut() {
+                Some(last) if last.end == panel && last.len() < KEYS => last.end = keys.end,
+                _ => blocks.push(keys),
+            }
+        }
+        blocks
+    }
+
+    /// Of a tree, takes the keys of other branches out of the scores of a row.
+    fn part_branches(&self, scores: &mut [f32], row: usize, keys: &Range<usize>) {
+        let row = self.rows.start + row;
+        if !self.ends.is_empty() {
+            for (score, &end) in scores.iter_mut().zip(&self.ends[keys.clone()]) {
+                *score = if end <= row { f32::NEG_INFINITY } else { *score };
+            }
+        }
     }
 
     /// The rows that see any key of `keys`, counted from the start of the block.
@@ -229,6 +260,7 @@ impl ForwardScratch {
             block.times_keys(&mut self.scores, q, keys, kv_head, &range);
             for row in 0..block.len() {
                 let scores = &mut self.scores[row * STRIDE..][..range.len()];
+                block.part_branches(scores, row, &range);
                 let seen = block.keys_seen(row..row + 1, &range);
                 let seen = seen.start - range.start..seen.end - range.start;
                 let o = &mut self.o[row * self.o_stride..][..self.o_stride];
@@ -329,8 +361,7 @@ impl BackwardInputs<'_> {
         let o = Head::new(self.o, heads, head, width);
         let grad = Head::new(self.grad, heads, head, width);
         for rows in &self.cut.blocks[segment.clone()] {
-            let block =
-                Block { rows: rows.clone(), first_seen: &self.cut.first_seen[rows.clone()] };
+            let block = Block::new(self.cut, rows);
             let lse = &self.lse[head * tokens..][..tokens][rows.clone()];
             for (row, delta) in delta[..block.len()].iter_mut().enumerate() {
                 *delta = dot_rows(grad.row(rows.start + row), o.row(rows.start + row));
@@ -395,6 +426,11 @@ fn softmax_row_body<M: Isa>(
     }
     scores.iter_mut().for_each(|x| *x *= scale);
     let highest = max::<M>(scores);
+    if highest == f32::NEG_INFINITY {
+        // All of another branch.
+        scores.fill(0.0);
+        return;
+    }
     if highest > running.0 {
         let rescale = exp::<M>(running.0 - highest);
         running.0 = highest;

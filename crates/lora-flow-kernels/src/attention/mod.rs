@@ -13,6 +13,7 @@ pub mod reference;
 mod tests;
 mod tile;
 
+use self::blocks::Blocks;
 use crate::common::{all_cpu_f32, check_docs, dims3, expect_shape};
 use crate::profile::{Category, span};
 use candle_core::{Result, Tensor, bail};
@@ -35,9 +36,37 @@ pub fn forward(
     let _span = span(Category::Attention);
     let dims = Dims::check(q, k, v, docs, window)?;
     if all_cpu_f32(&[q, k, v]) {
-        fused::forward(dims, q, k, v, docs, scale, window)
+        fused::forward(dims, q, k, v, &Blocks::new(docs, window), scale)
     } else {
         reference::forward(q, k, v, docs, scale, window)
+    }
+}
+
+/// [`forward`] over a tree of documents that share their beginnings, each of which stands once. The
+/// rows are in depth-first order, and token t is seen by the rows from t to `ends[t]`, those of its
+/// branch.
+///
+/// # Errors
+/// If the shapes do not fit, or an end is no end of a branch.
+pub fn forward_tree(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    ends: &[usize],
+    scale: f32,
+) -> Result<(Tensor, Tensor)> {
+    let _span = span(Category::Attention);
+    let dims = Dims::check(q, k, v, &[0, ends.len()], None)?;
+    for (token, &end) in ends.iter().enumerate() {
+        let inside = ends.get(token + 1).is_none_or(|&next| token + 1 >= end || next <= end);
+        if end <= token || end > ends.len() || !inside {
+            bail!("the branch of token {token} cannot end at {end}")
+        }
+    }
+    if all_cpu_f32(&[q, k, v]) {
+        fused::forward(dims, q, k, v, &Blocks::tree(ends), scale)
+    } else {
+        reference::forward_tree(q, k, v, ends, scale)
     }
 }
 

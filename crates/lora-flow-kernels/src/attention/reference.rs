@@ -31,6 +31,22 @@ pub fn forward(
     Ok((o, Tensor::cat(&sums, 1)?))
 }
 
+/// See [`super::forward_tree`].
+///
+/// # Errors
+/// As there.
+pub fn forward_tree(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    ends: &[usize],
+    scale: f32,
+) -> Result<(Tensor, Tensor)> {
+    let all = Document::new(q, k, v, 0, ends.len())?;
+    let (p, lse) = all.masked(scale, |row, column| column <= row && row < ends[column])?;
+    Ok((p.matmul(&all.v)?.transpose(0, 1)?.to_dtype(q.dtype())?.contiguous()?, lse))
+}
+
 /// See [`super::backward`].
 ///
 /// # Errors
@@ -104,8 +120,14 @@ impl Document {
 
     /// Softmax of the visible scores [Hq, T, T] and their log-sum-exp [Hq, T].
     fn probabilities(&self, scale: f32, window: Option<usize>) -> Result<(Tensor, Tensor)> {
+        let window = window.unwrap_or(self.len);
+        self.masked(scale, |row, column| column <= row && row - column < window)
+    }
+
+    /// The same where `sees` says which column a row sees.
+    fn masked(&self, scale: f32, sees: impl Fn(usize, usize) -> bool) -> Result<(Tensor, Tensor)> {
         let scores = (self.q.matmul(&self.k.t()?)? * f64::from(scale))?;
-        let mask = mask(self.len, window, scores.dtype(), scores.device())?;
+        let mask = mask(self.len, sees, scores.dtype(), scores.device())?;
         let scores = scores.broadcast_add(&mask)?;
         let max = scores.max_keepdim(D::Minus1)?;
         let p = scores.broadcast_sub(&max)?.exp()?;
@@ -121,14 +143,14 @@ impl Document {
 }
 
 /// 0 where a row sees a column, −∞ elsewhere.
-fn mask(len: usize, window: Option<usize>, dtype: DType, device: &Device) -> Result<Tensor> {
-    let window = window.unwrap_or(len);
-    let cells: Vec<f32> = (0..len)
-        .flat_map(|row| {
-            (0..len).map(move |column| {
-                if column <= row && row - column < window { 0.0 } else { f32::NEG_INFINITY }
-            })
-        })
+fn mask(
+    len: usize,
+    sees: impl Fn(usize, usize) -> bool,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    let cells: Vec<f32> = (0..len * len)
+        .map(|cell| if sees(cell / len, cell % len) { 0.0 } else { f32::NEG_INFINITY })
         .collect();
     Tensor::from_vec(cells, (len, len), device)?.to_dtype(dtype)
 }

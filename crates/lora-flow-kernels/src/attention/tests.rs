@@ -124,6 +124,66 @@ fn documents_do_not_see_each_other() -> Result<()> {
     Ok(())
 }
 
+/// Ends of the branches of a random tree, and the path of rows that each row sees.
+fn random_tree(rows: usize, seed: u64) -> (Vec<usize>, Vec<Vec<usize>>) {
+    let mut state = seed;
+    let mut next = |below: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    };
+    let (mut ends, mut paths) = (vec![0; rows], Vec::new());
+    let mut path: Vec<usize> = Vec::new();
+    for row in 0..rows {
+        // Long stretches without a branch, then back to any ancestor or to a new root.
+        if next(12) == 0 {
+            for left in path.split_off(next(path.len() + 1)) {
+                ends[left] = row;
+            }
+        }
+        path.push(row);
+        paths.push(path.clone());
+    }
+    for left in path {
+        ends[left] = rows;
+    }
+    (ends, paths)
+}
+
+#[test]
+fn a_tree_gives_each_row_what_its_path_alone_gives() -> Result<()> {
+    for (rows, seed) in [(1, 1), (40, 2), (300, 3), (700, 4)] {
+        let (ends, paths) = random_tree(rows, seed);
+        let case = Case::new(&[rows], 4, 2, 16);
+        let [q, k, v, _] = case.inputs();
+        let (o, lse) = forward_tree(&q, &k, &v, &ends, case.scale())?;
+        let [q64, k64, v64] = [&q, &k, &v].map(|x| f64s(x).unwrap());
+        let (want, want_lse) = forward_tree(&q64, &k64, &v64, &ends, case.scale())?;
+        assert_close(&o, &want, 1e-5);
+        assert_close(&lse, &want_lse, 1e-5);
+        for row in (0..rows).step_by(1 + rows / 20) {
+            let path: Vec<u32> = paths[row].iter().map(|r| *r as u32).collect();
+            let index = Tensor::new(path.as_slice(), q.device())?;
+            let along = |x: &Tensor| x.index_select(&index, 0);
+            let docs = [0, path.len()];
+            let (alone, _) =
+                forward(&along(&q)?, &along(&k)?, &along(&v)?, &docs, case.scale(), None)?;
+            assert_close(&o.narrow(0, row, 1)?, &alone.narrow(0, path.len() - 1, 1)?, 1e-5);
+        }
+        same_bits(|| Ok(vec![forward_tree(&q, &k, &v, &ends, case.scale())?.0]))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn branches_must_lie_inside_each_other() {
+    let [q, k, v, _] = Case::new(&[3], 2, 1, 16).inputs();
+    for ends in [[0, 3, 3], [2, 3, 3], [4, 3, 3], [3, 1, 3]] {
+        let error = forward_tree(&q, &k, &v, &ends, 1.0).unwrap_err().to_string();
+        assert!(error.contains("cannot end at"), "{ends:?}: {error}");
+    }
+    assert!(forward_tree(&q, &k, &v, &[3, 2, 3], 1.0).is_ok());
+}
+
 #[test]
 fn errors_name_the_argument() {
     let case = Case::new(&[4], 2, 1, 16);

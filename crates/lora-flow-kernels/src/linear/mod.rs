@@ -22,8 +22,9 @@ use half::bf16;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
-/// Up to so many rows of x, as in generation, a product with a weight is bound by memory.
-const FEW_ROWS: usize = 4;
+/// Up to so many rows of x, as in generation, each row is multiplied by itself while the weight
+/// passes, so that its result has the same bits however many rows there are.
+pub const FEW_ROWS: usize = 16;
 
 /// A frozen weight with its adapter, if it has one.
 #[derive(Debug, Clone, Copy)]

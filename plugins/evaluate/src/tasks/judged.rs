@@ -51,15 +51,12 @@ pub(crate) fn ask(
 ) -> Result<Vec<Answer>> {
     let told = |lls: Vec<LogLikelihood>| Answer { loglikelihoods: lls, text: None };
     match task.output_type {
-        OutputType::Generate => questions
-            .iter()
-            .enumerate()
-            .map(|(i, question)| {
-                progress(i)?;
-                let text = judge.generate(&question.prompt, &task.generation)?;
-                Ok(Answer { loglikelihoods: Vec::new(), text: Some(text) })
-            })
-            .collect(),
+        OutputType::Generate => {
+            let prompts: Vec<&str> = questions.iter().map(|q| q.prompt.as_str()).collect();
+            let texts = judge.generate(&prompts, &task.generation, progress)?;
+            let answer = |text| Answer { loglikelihoods: Vec::new(), text: Some(text) };
+            Ok(texts.into_iter().map(answer).collect())
+        }
         OutputType::Rolling => {
             let texts: Vec<String> = questions.iter().map(|q| as_text(&q.target)).collect();
             Ok(judge.rolling(&texts, progress)?.into_iter().map(|ll| told(vec![ll])).collect())
@@ -376,6 +373,35 @@ impl Measured {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn scores_that_are_no_numbers_are_refused_with_the_row() {
+        let text = "task: t\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_target: gold\n\
+                    doc_to_choice: [\"a\", \"b\"]\nmetric_list: [ { metric: acc } ]\n";
+        let task =
+            TaskFile::parse(lora_flow_yaml::source::SourceFile::new("t.yaml", text)).unwrap();
+        let question = Question {
+            prompt: "q".into(),
+            target: json!(0),
+            choices: vec!["a".into(), "b".into()],
+            delimiter: String::new(),
+        };
+        let answer = |second: f64| Answer {
+            loglikelihoods: [-1.0, second]
+                .map(|sum| LogLikelihood { sum, greedy: false, tokens: 1 })
+                .to_vec(),
+            text: None,
+        };
+        let (questions, places) = (vec![question.clone(), question], ["row 1", "row 2"]);
+        let places = places.map(str::to_owned);
+        for wrong in [f64::NAN, f64::NEG_INFINITY, f64::INFINITY] {
+            let answers = vec![answer(-2.0), answer(wrong)];
+            let error = measure(&task, &questions, &places, answers, 0).err().unwrap().to_string();
+            assert!(error.contains("t.yaml:4:16: the log-likelihood of row 2 is"), "{error}");
+        }
+        let judged = measure(&task, &questions, &places, vec![answer(-2.0), answer(-0.5)], 0);
+        assert_eq!(judged.unwrap().measured[0].value, 0.5);
+    }
 
     #[test]
     fn words_are_pieces_between_blanks_and_ties_go_to_the_first() {

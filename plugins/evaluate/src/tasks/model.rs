@@ -3,25 +3,21 @@
 //! The recipe is lm-evaluation-harness's, so that per-sample numbers agree: context and continuation
 //! are tokenised together and parted by the context's length, trailing blanks of the context belong
 //! to the continuation, an empty context is the prefix token, and what is too long loses its left
-//! end. Batches have no padding and attention never crosses a document, so neither the size nor the
-//! order of batches matters to more than rounding.
-
-use std::collections::HashMap;
+//! end. Batches have no padding, attention never crosses a document, and beginnings that documents
+//! share are computed once, so neither the size nor the order of batches matters to more than
+//! rounding.
 
 use lora_flow_core::{Error, Result};
 use lora_flow_data::TextTokenizer;
 use lora_flow_model::batch::Batch;
 use lora_flow_model::decoder::Decoder;
-use lora_flow_model::generate::{GenerateOptions, Generator, Stop};
+use lora_flow_model::generate::{GenerateOptions, Generated, Generator};
 use lora_flow_model::lora::Lora;
-use lora_flow_model::score::{Ask, Told};
+use lora_flow_model::prefix_tree::PrefixTree;
+use lora_flow_model::score::Ask;
 
 use crate::metric::text::is_space;
 use crate::tasks::task_file::Generation;
-
-/// Tokens of a batch that take as long as a pass of a few tokens through the model on a CPU, which
-/// reads every weight for them.
-const PASS_TOKENS: usize = 12;
 
 /// A model, and how it is fed.
 pub(crate) struct Judge<'a> {
@@ -127,120 +123,55 @@ impl Judge<'_> {
         scored: &[Scored],
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<LogLikelihood>> {
-        // Continuations that differ in their last token alone share one pass.
-        let mut shared: HashMap<&[u32], Vec<usize>> = HashMap::new();
-        for (i, s) in scored.iter().enumerate() {
-            shared.entry(&s.input).or_default().push(i);
-        }
-        let mut documents: Vec<(&[u32], Vec<usize>)> = shared.into_iter().collect();
-        documents.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then_with(|| a.1.cmp(&b.1)));
-        let nothing = LogLikelihood { sum: f64::NAN, greedy: false, tokens: 0 };
-        let mut out = vec![nothing; scored.len()];
-        let mut done = self.score_shared(scored, &mut out, progress)?;
-        documents.retain(|(_, members)| members.iter().any(|i| out[*i].tokens == 0));
-        let mut rest = documents.as_slice();
-        while !rest.is_empty() {
-            let (mut tokens, mut count) = (0, 0);
-            while count < rest.len().min(self.batch_size) {
-                tokens += rest[count].0.len();
-                if count > 0 && tokens > self.max_tokens_per_batch {
-                    break;
-                }
-                count += 1;
+        // Side by side what begins alike, so that it is computed once.
+        let mut order: Vec<usize> = (0..scored.len()).collect();
+        order.sort_by(|a, b| scored[*a].input.cmp(&scored[*b].input).then(a.cmp(b)));
+        let mut out = vec![LogLikelihood { sum: 0.0, greedy: true, tokens: 0 }; scored.len()];
+        let mut done = 0;
+        while done < order.len() {
+            let now = &order[done..done + self.batch(scored, &order[done..])];
+            let inputs: Vec<&[u32]> = now.iter().map(|i| scored[*i].input.as_slice()).collect();
+            let mut asks = Vec::new();
+            for (document, i) in now.iter().enumerate() {
+                let Scored { input, continuation } = &scored[*i];
+                let first = input.len() - continuation.len();
+                let ask = |(at, token): (usize, &u32)| Ask {
+                    document,
+                    position: first + at,
+                    token: *token,
+                };
+                asks.extend(continuation.iter().enumerate().map(ask));
             }
-            let (now, later) = rest.split_at(count);
-            self.score_batch(now, scored, &mut out)?;
-            rest = later;
-            done += now.iter().map(|d| d.1.len()).sum::<usize>();
+            let told = self.decoder.score(&inputs, self.lora, &asks)?;
+            for (ask, told) in asks.iter().zip(told) {
+                let found = &mut out[now[ask.document]];
+                found.sum += told.logprob;
+                found.greedy &= told.likeliest;
+                found.tokens += 1;
+            }
+            done += now.len();
             progress(done)?;
         }
         Ok(out)
     }
 
-    /// Scores the continuations that share a context long enough to be worth keeping. On a GPU full
-    /// batches are faster than the saved work.
-    fn score_shared(
-        &self,
-        scored: &[Scored],
-        out: &mut [LogLikelihood],
-        progress: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<usize> {
-        if !self.decoder.device().is_cpu() {
-            return Ok(0);
-        }
-        let mut contexts: HashMap<&[u32], Vec<usize>> = HashMap::new();
-        for (i, s) in scored.iter().enumerate() {
-            if let Some(length) = (s.input.len() + 1).checked_sub(s.continuation.len()) {
-                contexts.entry(&s.input[..length]).or_default().push(i);
+    /// How many of the first in `order` make a batch: tokens that are computed count.
+    fn batch(&self, scored: &[Scored], order: &[usize]) -> usize {
+        let (mut tokens, mut count) = (0, 0);
+        let mut before: &[u32] = &[];
+        while count < order.len().min(self.batch_size) {
+            let input = scored[order[count]].input.as_slice();
+            tokens += match self.decoder.shares_beginnings() {
+                true => PrefixTree::new_tokens(before, input),
+                false => input.len(),
+            };
+            if count > 0 && tokens > self.max_tokens_per_batch {
+                break;
             }
+            before = input;
+            count += 1;
         }
-        let mut contexts: Vec<(&[u32], Vec<usize>)> = contexts.into_iter().collect();
-        contexts.sort_by(|a, b| a.1.cmp(&b.1));
-        let mut done = 0;
-        for (context, members) in contexts {
-            // One-token continuations cost nothing more; each other one costs a pass over the weights,
-            // about as much as some tokens of a batch.
-            let passes = members.iter().filter(|i| scored[**i].continuation.len() > 1).count();
-            // What is saved must also outweigh that continuations then go one by one.
-            let tokens: usize = members.iter().map(|i| scored[*i].continuation.len()).sum();
-            if passes < 2 || context.len() * (passes - 1) < PASS_TOKENS * passes + tokens {
-                continue;
-            }
-            let continuations: Vec<&[u32]> =
-                members.iter().map(|i| scored[*i].continuation.as_slice()).collect();
-            let told = self.decoder.score_continuations(context, &continuations, self.lora)?;
-            for (i, (sum, greedy)) in members.iter().zip(told) {
-                out[*i] = LogLikelihood { sum, greedy, tokens: scored[*i].continuation.len() };
-            }
-            done += members.len();
-            progress(done)?;
-        }
-        Ok(done)
-    }
-
-    fn score_batch(
-        &self,
-        documents: &[(&[u32], Vec<usize>)],
-        scored: &[Scored],
-        out: &mut [LogLikelihood],
-    ) -> Result<()> {
-        let inputs: Vec<&[u32]> = documents.iter().map(|d| d.0).collect();
-        let batch = Batch::from_documents(&inputs);
-        // All questions to one position become one.
-        let mut asks: Vec<Ask> = Vec::new();
-        let mut first_ask = Vec::with_capacity(documents.len());
-        for ((input, members), end) in documents.iter().zip(&batch.doc_starts[1..]) {
-            let longest = members.iter().map(|i| scored[*i].continuation.len()).max().unwrap_or(0);
-            let longest = longest.min(input.len());
-            first_ask.push((asks.len(), longest));
-            for back in (1..=longest).rev() {
-                let mut tokens: Vec<u32> = Vec::new();
-                for i in members {
-                    let continuation = &scored[*i].continuation;
-                    if let Some(at) = continuation.len().checked_sub(back) {
-                        tokens.push(continuation[at]);
-                    }
-                }
-                tokens.sort_unstable();
-                tokens.dedup();
-                asks.push(Ask { position: end - back, tokens });
-            }
-        }
-        let told = self.decoder.score(&batch, self.lora, &asks)?;
-        for ((_, members), (first, longest)) in documents.iter().zip(first_ask) {
-            for i in members {
-                let continuation = &scored[*i].continuation;
-                let at = first + longest - continuation.len();
-                let mut sum = 0.0;
-                let mut greedy = true;
-                for ((token, ask), told) in continuation.iter().zip(&asks[at..]).zip(&told[at..]) {
-                    sum += logprob(ask, told, *token);
-                    greedy &= told.likeliest == *token;
-                }
-                out[*i] = LogLikelihood { sum, greedy, tokens: continuation.len() };
-            }
-        }
-        Ok(())
+        count
     }
 
     /// ln p of each whole text and its number of tokens. The first window begins with the prefix
@@ -302,8 +233,14 @@ impl Judge<'_> {
         Ok(out)
     }
 
-    /// What the model writes after a prompt, up to the first of the stop texts.
-    pub(crate) fn generate(&self, prompt: &str, generation: &Generation) -> Result<String> {
+    /// What the model writes after each prompt, up to the first of the stop texts. Some prompts go
+    /// together; what is written for one does not depend on the others.
+    pub(crate) fn generate(
+        &self,
+        prompts: &[&str],
+        generation: &Generation,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<String>> {
         let room = self.max_length.checked_sub(generation.max_gen_toks).filter(|n| *n > 0);
         let room = room.ok_or_else(|| {
             Error::new(format!(
@@ -311,11 +248,16 @@ impl Judge<'_> {
                 generation.max_gen_toks, self.max_length
             ))
         })?;
-        let mut ids = self.encode(prompt)?;
-        if ids.is_empty() {
-            ids.push(self.prefix_token()?);
+        let mut inputs = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            let mut ids = self.encode(prompt)?;
+            if ids.is_empty() {
+                ids.push(self.prefix_token()?);
+            }
+            ids.drain(..ids.len().saturating_sub(room));
+            inputs.push(ids);
         }
-        ids.drain(..ids.len().saturating_sub(room));
+        let inputs: Vec<&[u32]> = inputs.iter().map(Vec::as_slice).collect();
         let stops: Vec<&str> =
             generation.until.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
         let eos: Vec<u32> = self.tokenizer.eos().map(|t| t.id).into_iter().collect();
@@ -326,42 +268,36 @@ impl Judge<'_> {
             seed: 0,
             stop: Some(eos),
         };
-        let mut written: Vec<u32> = Vec::new();
-        let mut failed = None;
-        let done = Generator::new(self.decoder).generate(&ids, self.lora, &options, |token| {
-            written.push(token);
-            if stops.is_empty() {
-                return true;
+        let decode = |ids: &[u32]| {
+            self.tokenizer.inner().decode(ids, true).map_err(|e| {
+                Error::new("the tokenizer cannot decode what was generated").with_source(e)
+            })
+        };
+        let mut written: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
+        let on_token = |i: usize, token| {
+            written[i].push(token);
+            // What cannot be decoded is an error below.
+            stops.is_empty()
+                || decode(&written[i]).is_ok_and(|text| !stops.iter().any(|s| text.contains(s)))
+        };
+        let (mut texts, mut ready) = (vec![String::new(); prompts.len()], 0);
+        let done = |i: usize, generated: Generated| {
+            let mut text = decode(&generated.tokens)?;
+            for stop in &stops {
+                text.truncate(text.find(stop).unwrap_or(text.len()));
             }
-            match self.tokenizer.inner().decode(&written, true) {
-                Ok(text) => !stops.iter().any(|s| text.contains(s)),
-                Err(e) => {
-                    failed = Some(e.to_string());
-                    false
-                }
-            }
-        })?;
-        if let (Some(e), Stop::Caller) = (failed, done.stop) {
-            return Err(Error::new(format!("the tokenizer cannot decode what was generated: {e}")));
-        }
-        let text = self.tokenizer.inner().decode(&done.tokens, true).map_err(|e| {
-            Error::new("the tokenizer cannot decode what was generated").with_source(e)
-        })?;
-        let mut text = text.as_str();
-        for stop in stops {
-            text = text.split(stop).next().unwrap_or(text);
-        }
-        Ok(text.to_owned())
+            texts[i] = text;
+            ready += 1;
+            progress(ready)
+        };
+        let generator = Generator::new(self.decoder);
+        generator.generate_all(&inputs, self.lora, &options, self.batch_size, on_token, done)?;
+        Ok(texts)
     }
 }
 
 fn continuation_text(ids: &[u32], tokenizer: &TextTokenizer) -> String {
     tokenizer.decode(ids).unwrap_or_default()
-}
-
-/// ln p of a token among those asked about, which are sorted.
-fn logprob(ask: &Ask, told: &Told, token: u32) -> f64 {
-    ask.tokens.binary_search(&token).map_or(f64::NAN, |i| told.logprobs[i])
 }
 
 /// Windows over a text's tokens, each token predicted once.
