@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde_json::json;
 
@@ -186,19 +185,26 @@ fn victims_pipeline(dir: &Path) -> Bench {
 #[test]
 fn a_run_killed_at_any_instant_leaves_a_valid_store() {
     let exe = std::env::current_exe().unwrap();
+    let start = |dir: &Path| {
+        let mut command = std::process::Command::new(&exe);
+        command.args(["--exact", "run::tests::crash::victim"]);
+        command.env("LORA_FLOW_TEST_VICTIM", dir);
+        command.stdout(std::process::Stdio::null()).spawn().unwrap()
+    };
+    // How long a run takes that is left alone: the instants are parts of it, on any machine.
+    let whole = {
+        let dir = tempfile::tempdir().unwrap();
+        let begun = std::time::Instant::now();
+        assert!(start(dir.path()).wait().unwrap().success());
+        begun.elapsed()
+    };
     let mut died = 0;
     for round in 0..8 {
         let dir = tempfile::tempdir().unwrap();
-        let start = || {
-            let mut command = std::process::Command::new(&exe);
-            command.args(["--exact", "run::tests::crash::victim"]);
-            command.env("LORA_FLOW_TEST_VICTIM", dir.path());
-            command.stdout(std::process::Stdio::null()).spawn().unwrap()
-        };
         // Twice, so that the second starts from what the first left.
-        for pause in [5 + 13 * round, 20 + 9 * round] {
-            let mut child = start();
-            std::thread::sleep(Duration::from_millis(pause));
+        for part in [0.1 + 0.1 * f64::from(round), 0.2 + 0.05 * f64::from(round)] {
+            let mut child = start(dir.path());
+            std::thread::sleep(whole.mul_f64(part));
             child.kill().unwrap();
             died += usize::from(!child.wait().unwrap().success());
         }
