@@ -47,6 +47,15 @@ pub struct ArtifactFile {
     pub path: PathBuf,
 }
 
+impl ArtifactFile {
+    /// A file that stands in no store.
+    fn at(path: PathBuf) -> Result<Self> {
+        let digest = Digest::of_file(&path)?;
+        let size = fs_err::metadata(&path)?.len();
+        Ok(Self { digest, size, path })
+    }
+}
+
 /// An artifact in the store: read-only files under relative names.
 #[derive(Debug, Clone)]
 pub struct Artifact {
@@ -119,18 +128,30 @@ impl Artifact {
                 if path.is_dir() {
                     walk(&path, &format!("{name}/"), files)?;
                 } else {
-                    let digest = Digest::of_file(&path)?;
-                    let size = fs_err::metadata(&path)?.len();
-                    files.insert(name, ArtifactFile { digest, size, path });
+                    files.insert(name, ArtifactFile::at(path)?);
                 }
             }
             Ok(())
         }
         let mut files = BTreeMap::new();
         walk(dir, "", &mut files)?;
+        Ok(Self::from_files(kind, files))
+    }
+
+    /// An artifact of a single file, as [`Self::from_dir`] makes one of a folder with that file under
+    /// the name `name`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn from_file(kind: ArtifactKind, name: &str, path: &Path) -> Result<Self> {
+        let file = ArtifactFile::at(path.to_owned())?;
+        Ok(Self::from_files(kind, [(name.to_owned(), file)].into()))
+    }
+
+    fn from_files(kind: ArtifactKind, files: BTreeMap<String, ArtifactFile>) -> Self {
         let listing: BTreeMap<_, _> = files.iter().map(|(n, f)| (n, f.digest)).collect();
         let digest = Digest::of_json(&serde_json::json!({ "kind": kind, "files": listing }));
-        Ok(Self { kind, digest, files, meta: Value::Null })
+        Self { kind, digest, files, meta: Value::Null }
     }
 }
 

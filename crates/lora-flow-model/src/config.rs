@@ -6,6 +6,9 @@ use candle_core::DType;
 use lora_flow_core::{Artifact, Error, Result, ResultExt};
 use serde_json::{Map, Value, json};
 
+use crate::gguf::GgufFile;
+use crate::weights::GGUF;
+
 /// The architectures that the decoder computes. They differ only in what the fields of
 /// [`ModelConfig`] say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -155,11 +158,14 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads the `config.json` of a Model artifact.
+    /// Reads the `config.json` of a Model artifact, or where it has none what its GGUF file says.
     ///
     /// # Errors
-    /// When it is missing or [`Self::from_hf`] refuses it.
+    /// When both are missing, or [`Self::from_hf`] or [`Self::from_gguf`] refuses what is there.
     pub fn open(model: &Artifact) -> Result<Self> {
+        if let (None, Some(gguf)) = (model.get("config.json"), model.get(GGUF)) {
+            return Self::from_gguf(&GgufFile::open(gguf)?);
+        }
         let text = fs_err::read_to_string(model.file("config.json")?)?;
         let json: Value = serde_json::from_str(&text).context("cannot read `config.json`")?;
         Ok(Self::from_hf(&json)?.0)

@@ -458,8 +458,8 @@ pub enum BenchCommand {
 
 #[derive(Debug, ClapArgs)]
 pub struct BenchGenerateArgs {
-    /// A published model folder (config.json, weights)
-    #[arg(long, value_name = "DIR")]
+    /// A published model folder (config.json, weights) or a GGUF file
+    #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
     /// Tokens of the prompt
     #[arg(long, default_value_t = 128, value_parser = at_least_one)]
@@ -477,8 +477,8 @@ pub struct BenchGenerateArgs {
 
 #[derive(Debug, ClapArgs)]
 pub struct BenchArgs {
-    /// A published model folder (config.json, weights)
-    #[arg(long, value_name = "DIR", required_unless_present = "shape")]
+    /// A published model folder (config.json, weights) or a GGUF file
+    #[arg(long, value_name = "PATH", required_unless_present = "shape")]
     pub model: Option<PathBuf>,
     /// On a GPU: random weights of a known model's shape instead of `--model`
     #[arg(long, value_name = "NAME", conflicts_with = "model", value_parser = SHAPES)]

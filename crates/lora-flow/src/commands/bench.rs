@@ -4,10 +4,11 @@
 //! over the vocabulary: nothing that is measured depends on their values. Processor time is the
 //! figure to compare, as it hardly feels what else runs on the machine; wall time does.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use lora_flow_core::{ArtifactKind, DeviceSpec, Error, Result, ResultExt as _};
+use lora_flow_core::{Artifact, ArtifactKind, DeviceSpec, Error, Result, ResultExt as _};
 use lora_flow_kernels::linear;
 use lora_flow_kernels::profile::{self, Category};
 use lora_flow_model::adapter::LoraGrads;
@@ -15,6 +16,7 @@ use lora_flow_model::batch::Batch;
 use lora_flow_model::decoder::{Checkpoint, Decoder, PassOptions};
 use lora_flow_model::generate::{GenerateOptions, Generator};
 use lora_flow_model::lora::{Lora, LoraConfig};
+use lora_flow_model::weights::GGUF;
 use lora_flow_train::{
     AdamW, AdamWSettings, TrainConfig, clip_grad_norm, cpu_seconds, open_device, peak_rss_bytes,
 };
@@ -44,7 +46,7 @@ pub fn bench(command: &BenchCommand) -> Result<i32, Failure> {
     let device = Device::Cpu;
     let bf16 = args.bf16 || args.dtype.as_deref() == Some("bfloat16");
     let dtype = if bf16 { DType::BF16 } else { DType::F32 };
-    let decoder = Decoder::open(&open_dir(ArtifactKind::Model, model)?, &place, dtype)?;
+    let decoder = Decoder::open(&open_model(model)?, &place, dtype)?;
     let batch = synthetic(args.batch, decoder.config().vocab_size)?;
     let timed = match command {
         BenchCommand::Train { r, checkpointing, .. } => {
@@ -62,10 +64,18 @@ pub fn bench(command: &BenchCommand) -> Result<i32, Failure> {
     Ok(0)
 }
 
+/// A published folder or a GGUF file.
+pub(super) fn open_model(path: &Path) -> Result<Artifact, Failure> {
+    if path.is_file() && path.extension().is_some_and(|extension| extension == "gguf") {
+        return Ok(Artifact::from_file(ArtifactKind::Model, GGUF, path)?);
+    }
+    open_dir(ArtifactKind::Model, path)
+}
+
 /// Speed of the prompt (with the first new token) and of each further token.
 fn generate(args: &BenchGenerateArgs) -> Result<i32, Failure> {
     let dtype = if args.bf16 { DType::BF16 } else { DType::F32 };
-    let model = open_dir(ArtifactKind::Model, &args.model)?;
+    let model = open_model(&args.model)?;
     let decoder = Decoder::load(&model, &Device::Cpu, dtype)?;
     let prompt = synthetic((1, args.prompt), decoder.config().vocab_size)?.input_ids;
     let options = GenerateOptions {

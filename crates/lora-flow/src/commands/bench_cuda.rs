@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::DType;
-use lora_flow_core::{ArtifactKind, Error, Result};
+use lora_flow_core::{Error, Result};
 use lora_flow_kernels::cuda::{CudaError, Element, Gpu, Product, ops};
 use lora_flow_model::config::ModelConfig;
 use lora_flow_model::cuda::{CudaDecoder, report};
@@ -15,8 +15,8 @@ use lora_flow_model::place::Place;
 use lora_flow_train::{AdamWSettings, Learner, TrainConfig};
 use serde_json::json;
 
+use super::bench::open_model;
 use super::bench::synthetic;
-use super::generate::open_dir;
 use crate::args::{BenchArgs, BenchCommand};
 use crate::table;
 use crate::ui::Failure;
@@ -163,7 +163,7 @@ fn decoder(args: &BenchArgs, gpu: &Arc<Gpu>) -> Result<Decoder, Failure> {
             Decoder::on_gpu(config, inner)?
         }
         (None, Some(model)) => {
-            let model = open_dir(ArtifactKind::Model, model)?;
+            let model = open_model(model)?;
             let dtype = dtype.map_or_else(|| ModelConfig::open(&model).map(|c| c.dtype), Ok)?;
             Decoder::open(&model, &Place::Cuda(gpu.clone()), dtype)?
         }
