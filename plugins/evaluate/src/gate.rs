@@ -22,7 +22,7 @@ mod contamination;
 mod equivalent;
 mod named;
 mod paired;
-mod side;
+pub(crate) mod side;
 
 use crate::gate::accepted::{MaxRegression, accepted_name};
 use crate::gate::budget::Budget;

@@ -12,7 +12,7 @@ use lora_flow_core::{TaskKind, kind};
 pub use evaluate::Evaluate;
 pub use gate::Gate;
 pub use gate::accepted::{accepted_entry, accepted_file, accepted_name};
-pub use tasks::EvaluateTasks;
+pub use tasks::{AnsweredSample, EvaluateTasks, answered_samples};
 
 /// The task kinds of this crate.
 pub const TASKS: &[TaskKind] = &[
