@@ -56,7 +56,8 @@ fn with_questions() -> Project {
     project.write("data/words.jsonl", words.collect::<String>());
     let pairs = (1..30).map(|i| {
         let prompt = "What does a worker read? ".repeat(1 + i % 7);
-        let row = serde_json::json!({ "prompt": prompt, "completion": "its inputs & <nothing> else" });
+        let row =
+            serde_json::json!({ "prompt": prompt, "completion": "its inputs & <nothing> else" });
         format!("{row}\n")
     });
     project.write("data/pairs.jsonl", pairs.collect::<String>());
@@ -205,13 +206,21 @@ fn a_browser_shows_the_same_numbers_without_an_error() {
     for page in ["one", "two"] {
         let url = format!("file://{}", project.path(&format!("{page}.html")).display());
         for (look, size, dark) in [
-            ("light", "1100,3000", false),
-            ("dark", "1100,3000", true),
-            ("phone", "400,3000", false),
+            ("light", "1100,5000", false),
+            ("dark", "1100,5000", true),
+            ("phone", "400,5000", false),
         ] {
-            let mut browser = Command::new(&chromium);
+            // A browser that hangs must not hold the test.
+            let mut browser = Command::new("timeout");
             browser
-                .args(["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"])
+                .args(["--kill-after=5", "60", chromium.as_str()])
+                .args([
+                    "--headless",
+                    "--no-sandbox",
+                    "--disable-gpu",
+                    "--no-first-run",
+                    "--hide-scrollbars",
+                ])
                 .args(["--disable-background-networking", "--disable-component-update"])
                 .args(["--disable-sync", "--disable-quic", "--enable-logging=stderr"])
                 .arg(format!("--user-data-dir={}", project.path("browser").display()))

@@ -48,6 +48,8 @@ struct PageRun<'a> {
     run: &'a RunView,
     /// The DAG as a `data:` address: as an image its style stays its own.
     dag: String,
+    /// Pixels that the DAG needs to be read; a narrower page scrolls it.
+    dag_least: f64,
     verdicts: Vec<super::verdict::Shown>,
     evaluations: Vec<EvaluationTable>,
     training: Vec<PageTraining<'a>>,
@@ -74,6 +76,7 @@ impl<'a> PageRun<'a> {
         Self {
             run,
             dag: data_address(&run.graph),
+            dag_least: 0.7 * width(&run.graph),
             verdicts: run.verdicts.iter().map(super::verdict::view).collect(),
             evaluations: evaluation_tables(&run.evaluations),
             training: training.collect(),
@@ -166,6 +169,12 @@ pub fn render(runs: &[RunView]) -> Result<String> {
     };
     let template = environment.get_template("report").context("the report's template")?;
     template.render(Serde(&page)).context("the report's template")
+}
+
+/// The width that an SVG gives itself, in pixels.
+fn width(svg: &str) -> f64 {
+    let value = svg.split_once("width=\"").and_then(|(_, rest)| rest.split_once('"'));
+    value.and_then(|(number, _)| number.parse().ok()).unwrap_or(0.0)
 }
 
 /// An SVG as the address of an image.
