@@ -29,6 +29,9 @@ doc_to_target: gold
 doc_to_choice: \"{{ [one, two] }}\"
 ";
 
+/// What one question shares with the training rows.
+const COPIED: &str = "Hm: what DOES a worker read";
+
 /// The project with a task of forty questions to base and adapter, `scores.base` and `scores.tuned`,
 /// and with prompts of which only the completion is learnt.
 fn with_questions() -> Project {
@@ -40,7 +43,9 @@ fn with_questions() -> Project {
          with: { tasks: [evals/words.yaml], data_files: [data], models: [base, tuned] }\n  \
          pairs:\n    uses: ingest\n    with: { files: data/pairs.jsonl }\n  \
          pair_tokens:\n    uses: tokenize\n    inputs: { dataset: pairs, model: base }\n    \
-         with: { format: prompt-completion, max_length: 512 }\n  gate:\n",
+         with: { format: prompt-completion, max_length: 512 }\n  \
+         copied:\n    uses: contamination\n    inputs: { train: pairs, eval: scores.tuned }\n    \
+         with: { ngram: 4 }\n  gate:\n",
     );
     project.write("evals/words.yaml", WORDS);
     let words = (0..40).map(|i| {
@@ -49,7 +54,7 @@ fn with_questions() -> Project {
         let (gold, other) = (i / 4 % 2, next.to_uppercase());
         let pair = if gold == 0 { (next.to_owned(), other) } else { (other, next.to_owned()) };
         let row = serde_json::json!({
-            "begin": format!("{i}. {begin} <b>"), "one": pair.0, "two": pair.1, "gold": gold
+            "begin": if i == 7 { COPIED.to_owned() } else { format!("{i}. {begin} <b>") }, "one": pair.0, "two": pair.1, "gold": gold
         });
         format!("{row}\n")
     });
@@ -174,6 +179,16 @@ fn answers_stand_side_by_side_and_an_example_shows_what_is_learnt() {
     assert_eq!(html.matches("<article class=\"sample\"").count(), 12);
     assert!(html.contains("</span>\nWhich word follows?\n"), "{html}");
     assert!(html.contains("&lt;b&gt;") && !html.contains("<b>"), "text stays text");
+
+    // The one row that the training has seen, found by its words, and the metrics without it.
+    let copied = &data[0]["contamination"][0];
+    assert_eq!((&copied["task"], &copied["metrics"]["seen"]), (&"copied".into(), &1.into()));
+    assert_eq!(copied["metrics"]["share"], 1.0 / 40.0);
+    let row = &copied["found"]["rows"][0];
+    assert_eq!(row["row"], "words row 8");
+    assert_eq!((&row["exact"], &row["shared"]), (&false.into(), &"what does a worker".into()));
+    assert_eq!(copied["found"]["scores"]["words.acc"]["clean_rows"], 39);
+    assert!(html.contains("<td>words row 8</td>") && html.contains("what does a worker"), "{html}");
 
     // The example is the row, and what is learnt of it the completion and the end.
     let example = html.split("data-example=\"pair_tokens.tokens\">").nth(1).unwrap();

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 pub(crate) mod accepted;
 mod budget;
-mod contamination;
+pub(crate) mod contamination;
 mod equivalent;
 mod named;
 mod paired;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lora_flow_core::{Artifact, ArtifactKind};
 use lora_flow_data::{STATISTICS_FILE, TokenStatistics};
-use lora_flow_evaluate::{AnsweredSample, answered_samples};
+use lora_flow_evaluate::{AnsweredSample, CONTAMINATION_FILE, answered_samples};
 use lora_flow_pipeline::{Engine, Entry, RunEdge, RunRecord, Status, TaskOutcome};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -37,6 +37,7 @@ pub struct RunView {
     pub samples: Vec<SamplesView>,
     pub training: Vec<TrainingView>,
     pub data: Vec<DataView>,
+    pub contamination: Vec<ContaminationView>,
     pub artifacts: Vec<ArtifactView>,
     /// Tasks whose results the store no longer has: nothing but their outcome can be shown.
     pub gone: Vec<String>,
@@ -92,6 +93,15 @@ pub struct TrainingView {
     pub log: Vec<Map<String, Value>>,
 }
 
+/// Evaluation rows held against training rows.
+#[derive(Debug, Serialize)]
+pub struct ContaminationView {
+    pub task: String,
+    pub metrics: Map<String, Value>,
+    /// The whole of `contamination.json`.
+    pub found: Value,
+}
+
 /// Statistics of a data set or of its tokens.
 #[derive(Debug, Serialize)]
 pub struct DataView {
@@ -140,6 +150,7 @@ impl RunView {
             samples: Vec::new(),
             training: Vec::new(),
             data: Vec::new(),
+            contamination: Vec::new(),
             artifacts: Vec::new(),
             gone: Vec::new(),
         };
@@ -213,6 +224,10 @@ impl RunView {
         if let Some(log) = artifact_text(artifact, "log.jsonl") {
             let log = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
             self.training.push(TrainingView { task: task.to_owned(), metrics, log });
+            return;
+        }
+        if let Some(found) = artifact_json(artifact, CONTAMINATION_FILE) {
+            self.contamination.push(ContaminationView { task: task.to_owned(), metrics, found });
             return;
         }
         let data = metrics.get("meta").and_then(|m| m.get("data")).and_then(Value::as_str);

@@ -28,6 +28,9 @@ const CURVES: [(&str, &str, Option<&str>); 5] = [
     ("peak_rss_bytes", "peak memory, GB", None),
 ];
 
+/// Rows of a contamination that the page lists; its JSON has all.
+const OVERLAPS: usize = 50;
+
 /// What the template is filled with.
 #[derive(Debug, Serialize)]
 struct Page<'a> {
@@ -40,6 +43,7 @@ struct Page<'a> {
     metrics: Vec<Compared>,
     overlays: Vec<Picture>,
     runs: Vec<PageRun<'a>>,
+    overlaps: usize,
     json: String,
 }
 
@@ -165,6 +169,7 @@ pub fn render(runs: &[RunView]) -> Result<String> {
         metrics: compared(runs, metrics_of, true),
         overlays: overlays(runs),
         runs: runs.iter().map(PageRun::of).collect(),
+        overlaps: OVERLAPS,
         json,
     };
     let template = environment.get_template("report").context("the report's template")?;
@@ -342,7 +347,11 @@ fn metrics_of(run: &RunView) -> BTreeMap<String, Value> {
         let numbers = t.metrics.iter().filter(|(_, v)| v.is_number());
         numbers.map(|(name, v)| (format!("{}.{name}", t.task), v.clone()))
     });
-    evaluated.chain(trained).collect()
+    let overlapping = run
+        .contamination
+        .iter()
+        .flat_map(|c| c.metrics.iter().map(|(name, v)| (format!("{}.{name}", c.task), v.clone())));
+    evaluated.chain(trained).chain(overlapping).collect()
 }
 
 /// What the runs have under each name; without `all`, only where they differ.
