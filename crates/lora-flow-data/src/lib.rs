@@ -27,6 +27,7 @@ mod split;
 mod table;
 mod token_report;
 mod token_set;
+mod token_statistics;
 mod tokenizer;
 mod tokens_writer;
 
@@ -50,5 +51,6 @@ pub use split::{SplitCount, Splitter};
 pub use table::{Batch, Scan, Table};
 pub use token_report::{group_digits, render_masked};
 pub use token_set::{TokenRow, TokenSet, TokensInfo};
+pub use token_statistics::{Bar, Example, Piece, STATISTICS_FILE, TokenStatistics};
 pub use tokenizer::{ByteSpan, SpecialToken, TextTokenizer};
 pub use tokens_writer::{TokensSummary, TokensWriter, TokensWriterOptions};

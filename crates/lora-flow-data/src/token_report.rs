@@ -87,8 +87,11 @@ impl TokensSummary {
         );
         line(
             "lengths",
-            [(0, "least"), (50, "median"), (90, "90 %"), (99, "99 %"), (100, "most")]
-                .map(|(p, name)| format!("{name} {}", self.percentile(p)))
+            self.statistics
+                .lengths
+                .iter()
+                .map(|(name, length)| format!("{name} {length}"))
+                .collect::<Vec<_>>()
                 .join(", "),
         );
         let room = info.sequences * info.max_length as u64;
@@ -117,12 +120,6 @@ impl TokensSummary {
             let _ = writeln!(out, "  {line}");
         }
         out
-    }
-
-    /// Length at a percentile of the documents, by nearest rank.
-    fn percentile(&self, percent: usize) -> u32 {
-        let rank = (self.lengths.len() * percent).div_ceil(100).max(1) - 1;
-        self.lengths.get(rank).copied().unwrap_or(0)
     }
 }
 

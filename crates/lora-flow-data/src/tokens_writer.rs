@@ -15,6 +15,7 @@ use crate::document::{Document, DropReason, Encoded};
 use crate::pack::best_fit_decreasing;
 use crate::token_report::render_masked;
 use crate::token_set::TokensInfo;
+use crate::token_statistics::{STATISTICS_FILE, TokenStatistics};
 use crate::tokenizer::TextTokenizer;
 
 /// Sequences of a row group.
@@ -52,13 +53,13 @@ pub struct TokensSummary {
     pub dropped: BTreeMap<DropReason, u64>,
     /// Rows where one token holds the end of the prompt and the start of the completion.
     pub joined_tokens: u64,
-    /// Lengths of all documents, ascending.
-    pub lengths: Vec<u32>,
+    /// What `statistics.json` says.
+    pub statistics: TokenStatistics,
     /// The first document, written out with its targets marked.
     pub example: String,
 }
 
-/// Takes in what rows became and writes `tokens.parquet` and `tokens.json`.
+/// Takes in what rows became and writes `tokens.parquet`, `tokens.json` and `statistics.json`.
 pub struct TokensWriter {
     folder: PathBuf,
     options: TokensWriterOptions,
@@ -183,7 +184,7 @@ impl TokensWriter {
         self.writer.write(&batch).context("cannot write `tokens.parquet`")
     }
 
-    /// Writes what is left and `tokens.json`.
+    /// Writes what is left, `tokens.json` and `statistics.json`.
     ///
     /// # Errors
     /// When no row became a document, when no token is supervised (the error shows an example),
@@ -218,13 +219,16 @@ impl TokensWriter {
         let json = serde_json::to_string_pretty(&self.info)? + "\n";
         fs_err::write(self.folder.join("tokens.json"), json)?;
         self.lengths.sort_unstable();
+        let statistics = TokenStatistics::new(&self.lengths, first, tokenizer)?;
+        let json = serde_json::to_string(&statistics)? + "\n";
+        fs_err::write(self.folder.join(STATISTICS_FILE), json)?;
         Ok(TokensSummary {
             info: self.info,
             rows: self.rows,
             split_rows: self.split_rows,
             dropped: self.dropped,
             joined_tokens: self.joined_tokens,
-            lengths: self.lengths,
+            statistics,
             example,
         })
     }

@@ -20,31 +20,17 @@ use crate::adapter::{AdapterMap, DropoutKey, LayerAdapter, LoraGrads};
 use crate::batch::Batch;
 use crate::config::{HiddenAct, ModelConfig, ModuleInfo};
 use crate::full;
-use crate::layer::{Activations, Dims, Keep, KvCache, Layer, Linear, Pass, Proj};
+use crate::keep::{self, Keep};
+use crate::layer::{Activations, Dims, KvCache, Layer, Linear, Pass, Proj};
 use crate::lora::Lora;
 use crate::place::Place;
 use crate::prefix_tree::PrefixTree;
 use crate::weights::WeightSource;
 
+pub use crate::keep::Checkpoint;
+
 /// Rows of the head's input that the loss works on at a time.
 const LOSS_ROWS: usize = 1024;
-
-/// Most bytes that [`Checkpoint::Auto`] keeps for models smaller than that.
-const KEPT_BYTES: usize = 690 << 20;
-
-/// What a training step keeps of each layer between forward and backward. The gradients have the
-/// same bits either way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Checkpoint {
-    /// As much as the model's weights would take in f32, or 690 MiB if that is more: first the
-    /// products Gate and Up of some layers are made twice, then the attention as well.
-    #[default]
-    Auto,
-    /// Everything that a matrix product or the attention made: no product is computed twice.
-    None,
-    /// Only the residual stream that enters the layer; its forward runs again in the backward.
-    Full,
-}
 
 /// Settings of one training pass.
 #[derive(Debug, Clone, Copy)]
@@ -391,7 +377,9 @@ impl Decoder {
         let lowest = map.lowest().ok_or_else(|| Error::new("the adapter has no modules"))?;
         let own = if lora.saved.is_empty() { None } else { Some(self.overlay(&lora.saved)?) };
         let decoder = own.as_ref().unwrap_or(self);
-        let keep = decoder.keep(options.checkpoint, batch.len(), &map.layers[lowest..]);
+        let adapters = &map.layers[lowest..];
+        let ranks = adapters.iter().map(LayerAdapter::ranks).max().unwrap_or(0);
+        let keep = keep::plan(&self.config, options.checkpoint, batch.len(), ranks, adapters.len());
         decoder
             .forward_backward(batch, &map, lowest, &keep, options, grads)
             .context("cannot compute the loss and its gradients")
@@ -464,51 +452,6 @@ impl Decoder {
             full::embedding_backward(index, &batch.input_ids, &dx, grads)?;
         }
         Ok(LossOut { nll: loss.nll })
-    }
-
-    /// What each of some layers keeps for a batch of so many tokens.
-    fn keep(&self, policy: Checkpoint, tokens: usize, adapters: &[LayerAdapter<'_>]) -> Vec<Keep> {
-        let config = &self.config;
-        let limit = match policy {
-            Checkpoint::None => return vec![Keep::All; adapters.len()],
-            Checkpoint::Full => return vec![Keep::Input; adapters.len()],
-            Checkpoint::Auto => {
-                let weights: usize =
-                    config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-                KEPT_BYTES.max(4 * weights)
-            }
-        };
-        // Floats a token.
-        let hidden = config.hidden_size;
-        let (q, kv) = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        );
-        let before_norm = if config.qk_norm { q + kv } else { 0 };
-        let mlp = 2 * config.intermediate_size;
-        let attention = 2 * hidden + 2 * q + 2 * kv + before_norm + config.num_attention_heads + 2;
-        let low: usize = adapters.iter().map(LayerAdapter::ranks).max().unwrap_or(0);
-        let size = |keep: Keep| {
-            let floats = match keep {
-                Keep::All => attention + low + mlp,
-                Keep::WithoutMlp => attention + low,
-                Keep::Input => hidden,
-            };
-            4 * floats * tokens
-        };
-        let mut total = size(Keep::All) * adapters.len();
-        let mut keep = vec![Keep::All; adapters.len()];
-        for (from, to) in [(Keep::All, Keep::WithoutMlp), (Keep::WithoutMlp, Keep::Input)] {
-            // From the bottom, whose turn in the backward comes when the others' share is free.
-            for layer in &mut keep {
-                if total <= limit {
-                    return keep;
-                }
-                *layer = to;
-                total -= size(from) - size(to);
-            }
-        }
-        keep
     }
 
     fn pass<'a>(

@@ -316,21 +316,6 @@ fn checkpoint_policies_give_the_same_bits() {
 }
 
 #[test]
-fn the_automatic_policy_keeps_what_its_limit_allows() {
-    let decoder = decoder(&config());
-    let lora = adapter(&config(), 0.0, |_| true);
-    let map = AdapterMap::new(&config(), Some(&lora), None).unwrap();
-    // Floats of a layer and token: 2·16 + 2·24 + 2·12 + 4 + 2 + 7·2 = 124, Gate and Up 48.
-    let keep = |tokens| decoder.keep(Checkpoint::Auto, tokens, &map.layers);
-    let most = KEPT_BYTES / 4;
-    assert_eq!(keep(most / (2 * 172)), [Keep::All, Keep::All]);
-    assert_eq!(keep(most / (124 + 172)), [Keep::WithoutMlp, Keep::All]);
-    assert_eq!(keep(most / (2 * 124)), [Keep::WithoutMlp, Keep::WithoutMlp]);
-    assert_eq!(keep(most / (16 + 124)), [Keep::Input, Keep::WithoutMlp]);
-    assert_eq!(keep(most / 16), [Keep::Input, Keep::Input]);
-}
-
-#[test]
 fn packed_separate_and_padded_documents_have_the_same_loss_and_gradients() {
     for (what, config) in variants() {
         let decoder = decoder(&config);

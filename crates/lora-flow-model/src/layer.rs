@@ -15,6 +15,7 @@ use lora_flow_kernels::{attention, elementwise, linear, rms_norm, rope};
 use rayon::prelude::*;
 
 use crate::adapter::{LayerAdapter, LoraGrads, Slot};
+use crate::keep::Keep;
 use crate::{dora, full};
 
 /// The projections of a layer, in model order.
@@ -181,17 +182,6 @@ pub(crate) struct Layer {
 
 /// q or k as it was before its norm, and the norm's 1/σ: [N·heads, D] and [N·heads].
 type BeforeNorm = (Tensor, Tensor);
-
-/// What a layer keeps between its forward and its backward. The gradients have the same bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Keep {
-    /// Everything that a product or the attention made.
-    All,
-    /// That without Gate and Up.
-    WithoutMlp,
-    /// The stream that enters the layer.
-    Input,
-}
 
 /// What the backward of a layer starts from.
 #[derive(Debug)]

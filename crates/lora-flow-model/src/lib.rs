@@ -19,6 +19,7 @@ mod full;
 pub mod generate;
 pub mod gguf;
 pub mod gguf_tokenizer;
+pub mod keep;
 mod layer;
 pub mod lora;
 pub mod lora_match;

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use lora_flow_core::{Error, Result};
 use lora_flow_data::group_digits;
 use lora_flow_model::config::ModelConfig;
+use lora_flow_model::keep::{Checkpoint, Kept};
 use lora_flow_model::lora::Lora;
 
 use crate::config::{Method, TrainConfig};
@@ -32,8 +33,10 @@ pub struct Shape {
     pub base: u64,
     /// Parameters that are trained.
     pub trainable: u64,
-    /// Σ r over the modules of one layer.
+    /// Σ r over the modules of one layer, at most.
     pub ranks: u64,
+    /// Layers from the lowest that is trained up; those below keep nothing.
+    pub layers: u64,
     /// Whether a row of the training has a copy of the best parameters.
     pub keeps_best: bool,
 }
@@ -83,14 +86,17 @@ impl Shape {
             (0..train.len()).map(|i| train.row(i).input_ids.len() as u64).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         let tokens = lengths.iter().take(config.per_device_train_batch_size).sum();
-        let layers = model.num_hidden_layers.max(1);
-        let ranks = lora.modules.iter().map(|m| m.r).sum::<usize>() / layers;
+        let (ranks, layers) = match config.method {
+            Method::Full => (0, model.num_hidden_layers),
+            Method::Lora => adapted(model, lora),
+        };
         Self {
             tokens,
             weight_bytes,
             base: model.parameters() as u64,
             trainable: lora.trainable_parameters() as u64,
             ranks: ranks as u64,
+            layers: layers as u64,
             keeps_best,
         }
     }
@@ -99,14 +105,12 @@ impl Shape {
     pub fn memory(&self, model: &ModelConfig, config: &TrainConfig) -> Memory {
         let n = self.tokens;
         let (h, f) = (model.hidden_size as u64, model.intermediate_size as u64);
-        let q = (model.num_attention_heads * model.head_dim) as u64;
-        let kv = (model.num_key_value_heads * model.head_dim) as u64;
-        let heads = model.num_attention_heads as u64;
-        let layers = model.num_hidden_layers as u64;
-        let normed = if model.qk_norm { q + kv } else { 0 };
-        // The stream, q, k, v, attention's output, the stream again, gate and up, x·Aᵀ.
-        let layer = 2 * h + 2 * q + 2 * kv + 2 * f + heads + self.ranks + 2 + normed;
-        let kept = if config.gradient_checkpointing { layers * h + layer } else { layers * layer };
+        let policy = match config.gradient_checkpointing {
+            true => Checkpoint::Full,
+            false => Checkpoint::Auto,
+        };
+        let (ranks, layers) = (self.ranks as usize, self.layers as usize);
+        let kept = Kept::of(model, policy, n as usize, ranks, layers);
         // The widest moment of a layer's backward: the gradients of gate, up and their product,
         // that product, both streams and the normalised input.
         let backward = n * (4 * f + 5 * h) * F32;
@@ -125,10 +129,23 @@ impl Shape {
             trained: copies * self.trainable * F32,
             gradients: self.trainable * F32,
             optimizer: 2 * self.trainable * F32,
-            activations: n * kept * F32,
-            transient: backward.max(loss).max(2 * largest * F32),
+            activations: kept.after_forward,
+            transient: (kept.most - kept.after_forward + backward).max(loss).max(2 * largest * F32),
         }
     }
+}
+
+/// Σ r of the layer that has most, and the layers from the lowest with a module up.
+fn adapted(model: &ModelConfig, lora: &Lora) -> (usize, usize) {
+    let mut ranks = vec![0; model.num_hidden_layers];
+    for module in &lora.modules {
+        let layer = module.path.strip_prefix("model.layers.").and_then(|p| p.split('.').next());
+        if let Some(rank) = layer.and_then(|l| ranks.get_mut(l.parse::<usize>().ok()?)) {
+            *rank += module.r;
+        }
+    }
+    let lowest = ranks.iter().position(|r| *r > 0).unwrap_or(0);
+    (ranks.iter().copied().max().unwrap_or(0), ranks.len() - lowest)
 }
 
 /// A table of the estimate.
@@ -213,14 +230,15 @@ pub fn check(
 }
 
 /// Floating-point operations of a whole run: 2 per weight and token for a product, once forward,
-/// once for the input's gradient, once more for the weights' in full fine-tuning and for the
-/// forward again with checkpointing.
+/// once for the input's gradient, once more for the weights' in full fine-tuning and, of the layers,
+/// for the forward again with checkpointing.
 pub fn operations(shape: &Shape, model: &ModelConfig, config: &TrainConfig, tokens: u64) -> f64 {
     let head = (model.vocab_size * model.hidden_size) as u64;
     let linear = shape.base - if model.tie_word_embeddings { 0 } else { head };
     let full = config.method == Method::Full;
-    let passes = 2 + u64::from(full) + u64::from(config.gradient_checkpointing);
-    2.0 * (passes * linear * tokens) as f64
+    let passes = 2 + u64::from(full);
+    let again = if config.gradient_checkpointing { linear.saturating_sub(head) } else { 0 };
+    2.0 * ((passes * linear + again) * tokens) as f64
         + if full { 0.0 } else { 6.0 * (shape.trainable * tokens) as f64 }
 }
 
@@ -239,7 +257,15 @@ mod tests {
 
     fn shape(tokens: u64, trainable: u64) -> Shape {
         let base = model().parameters() as u64;
-        Shape { tokens, weight_bytes: 4, base, trainable, ranks: 112, keeps_best: false }
+        Shape {
+            tokens,
+            weight_bytes: 4,
+            base,
+            trainable,
+            ranks: 112,
+            layers: 30,
+            keeps_best: false,
+        }
     }
 
     #[test]

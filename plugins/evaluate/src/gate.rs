@@ -18,11 +18,11 @@ use serde_json::{Value, json};
 
 pub(crate) mod accepted;
 mod budget;
-mod contamination;
+pub(crate) mod contamination;
 mod equivalent;
 mod named;
 mod paired;
-mod side;
+pub(crate) mod side;
 
 use crate::gate::accepted::{MaxRegression, accepted_name};
 use crate::gate::budget::Budget;

@@ -1,5 +1,6 @@
 //! Task kinds evaluate, evaluate-tasks and gate.
 
+mod contamination;
 mod evaluate;
 mod gate;
 mod metric;
@@ -9,10 +10,11 @@ mod tasks;
 
 use lora_flow_core::{TaskKind, kind};
 
+pub use contamination::{CONTAMINATION_FILE, Contamination};
 pub use evaluate::Evaluate;
 pub use gate::Gate;
 pub use gate::accepted::{accepted_entry, accepted_file, accepted_name};
-pub use tasks::EvaluateTasks;
+pub use tasks::{AnsweredSample, EvaluateTasks, answered_samples};
 
 /// The task kinds of this crate.
 pub const TASKS: &[TaskKind] = &[
@@ -21,6 +23,11 @@ pub const TASKS: &[TaskKind] = &[
         "evaluate-tasks",
         2,
         "task files of lm-evaluation-harness on one or more models: metrics, errors, samples",
+    ),
+    kind::<Contamination>(
+        "contamination",
+        1,
+        "which evaluation rows the training rows hold, whole or in long runs of words",
     ),
     kind::<Gate>(
         "gate",

@@ -66,9 +66,18 @@ fn adapter(dir: &Path) -> Artifact {
     Artifact::from_dir(ArtifactKind::Adapter, dir).unwrap()
 }
 
-/// Runs `merge` and returns its output and report.
+/// Merges an adapter into a fresh base; returns output and report.
 fn merge(base_dtype: DType, params: Value) -> (tempfile::TempDir, OutputDir, Result<String>) {
     let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    run(base(dirs[0].path(), base_dtype), adapter(dirs[1].path()), params)
+}
+
+/// Runs `merge` and returns its output and report.
+fn run(
+    model: Artifact,
+    adapter: Artifact,
+    params: Value,
+) -> (tempfile::TempDir, OutputDir, Result<String>) {
     let out = tempfile::tempdir().unwrap();
     let named = |artifact| vec![NamedArtifact { reference: "t".into(), artifact }];
     let output = OutputDir {
@@ -79,11 +88,7 @@ fn merge(base_dtype: DType, params: Value) -> (tempfile::TempDir, OutputDir, Res
         meta: Value::Null,
     };
     let mut cx = TaskContext::new(TaskContextParts {
-        inputs: [
-            ("model".to_owned(), named(base(dirs[0].path(), base_dtype))),
-            ("adapter".to_owned(), named(adapter(dirs[1].path()))),
-        ]
-        .into(),
+        inputs: [("model".to_owned(), named(model)), ("adapter".to_owned(), named(adapter))].into(),
         outputs: [("model".to_owned(), output)].into(),
         files: BTreeMap::new(),
         scratch: out.path().to_owned(),
@@ -110,6 +115,57 @@ fn a_merged_model_is_proven_and_complete() {
     assert!(output.adopted.contains_key("tokenizer.json"));
     let merged = Artifact::from_dir(ArtifactKind::Model, dir.path()).unwrap();
     assert_eq!(ModelConfig::open(&merged).unwrap(), config());
+}
+
+/// All tensors of a model's folder, in f64.
+fn tensors(dir: &Path) -> BTreeMap<String, Vec<f64>> {
+    let read = candle_core::safetensors::load(dir.join("model.safetensors"), &Device::Cpu).unwrap();
+    let wide = |t: Tensor| {
+        t.to_dtype(DType::F64).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1()).unwrap()
+    };
+    read.into_iter().map(|(name, t)| (name, wide(t))).collect()
+}
+
+/// Merged is W + s·BA as dense matrices in f64 have it, and un-merged is the base again, each within
+/// the roundings of its sums: with u = 2⁻²⁴, r + 2 of them at |W| + s·Σ|B||A| for the merged weight,
+/// and one each at the merged and at the restored weight for taking the same ΔW out again.
+#[test]
+fn what_was_merged_can_be_taken_out_again() {
+    let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let model = base(dirs[0].path(), DType::F32);
+    let adapter = adapter(dirs[1].path());
+    let (merged_dir, _, report) = run(model, adapter.clone(), json!({}));
+    report.unwrap();
+    let merged_model = Artifact::from_dir(ArtifactKind::Model, merged_dir.path()).unwrap();
+    let (restored_dir, _, report) = run(merged_model, adapter.clone(), json!({ "unmerge": true }));
+    report.unwrap();
+
+    let [base, merged, restored] =
+        [dirs[0].path(), merged_dir.path(), restored_dir.path()].map(tensors);
+    let lora = Lora::load_peft(&adapter, &config().linear_modules()).unwrap();
+    let u = 2f64.powi(-24);
+    let mut changed = 0f64;
+    for m in &lora.modules {
+        let matrix = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+        let (a, b, scale) = (matrix(&m.a), matrix(&m.b), f64::from(m.scale as f32));
+        let name = format!("{}.weight", m.path);
+        let (w, merged, restored) = (&base[&name], &merged[&name], &restored[&name]);
+        for i in 0..w.len() {
+            let (row, column) = (i / m.in_features, i % m.in_features);
+            let terms = (0..m.r).map(|k| scale * b[row][k] * a[k][column]);
+            let (delta, size) = terms.fold((0.0, 0.0), |(d, s), t| (d + t, s + f64::abs(t)));
+            let bound = (m.r + 2) as f64 * u * (w[i].abs() + size);
+            assert!((merged[i] - (w[i] + delta)).abs() <= bound, "{name}[{i}]: {}", merged[i]);
+            let bound = u * (merged[i].abs() + restored[i].abs());
+            assert!((restored[i] - w[i]).abs() <= bound, "{name}[{i}]: {}", restored[i]);
+            changed = changed.max(delta.abs());
+        }
+    }
+    assert!(changed > 1e-2, "the adapter does something: {changed}");
+    // What the adapter does not touch keeps its bits.
+    for (name, w) in base.iter().filter(|(name, _)| !name.contains("_proj")) {
+        assert_eq!((w, w), (&merged[name], &restored[name]), "{name}");
+    }
 }
 
 #[test]

@@ -112,7 +112,7 @@ impl Task for Train {
             let keeps_best = self.0.eval_steps.is_some() && eval_set.is_some();
             let config = decoder.config();
             let shape = Shape::new(config, weight_bytes, &lora, &train_set, &self.0, keeps_best);
-            predicted = self.preflight(cx, &shape, config, &train_set, &device)?;
+            predicted = self.preflight(cx, &shape, &decoder, &train_set, &device)?;
             let mut outcome = lora_flow_train::train(Run {
                 decoder: &decoder,
                 lora,
@@ -146,10 +146,19 @@ struct Started {
     weight_bytes: u64,
 }
 
-/// Bytes.
+/// What the preflight says.
+#[derive(Clone, Copy)]
+struct Prediction {
+    /// Peak in bytes.
+    peak: u64,
+    /// Time of the whole training.
+    seconds: f64,
+}
+
+/// Bytes, and time.
 struct Sizes {
-    /// Peak that the preflight predicted, where it did.
-    predicted: Option<u64>,
+    /// What the preflight predicted, where it did.
+    predicted: Option<Prediction>,
     /// Peak of the training.
     measured: u64,
     /// Weights written.
@@ -191,19 +200,20 @@ impl Train {
         Ok(Started { decoder, lora, start: Some(start), weight_bytes })
     }
 
-    /// Says what the run will need, and refuses what does not fit. Returns the predicted peak.
+    /// Says what the run will need, and refuses what does not fit. Returns peak and time.
     fn preflight(
         &self,
         cx: &mut TaskContext,
         shape: &Shape,
-        model: &ModelConfig,
+        decoder: &Decoder,
         rows: &TokenSet,
         place: &Place,
-    ) -> Result<Option<u64>> {
+    ) -> Result<Option<Prediction>> {
         // The figures are those of the CPU; a GPU's decoder plans its own memory.
         if !place.is_cpu() {
             return Ok(None);
         }
+        let model = decoder.config();
         let memory = shape.memory(model, &self.0);
         let steps = self.0.max_steps.map(|s| s as f64);
         let in_step = self.0.per_device_train_batch_size * self.0.gradient_accumulation_steps;
@@ -211,7 +221,7 @@ impl Train {
             .map_or(self.0.num_train_epochs, |s| s * in_step as f64 / rows.rows().max(1) as f64);
         let all: usize = (0..rows.rows()).map(|i| rows.row(i).input_ids.len()).sum();
         let tokens = (epochs * all as f64) as u64;
-        let rate = product_rate(model, shape.tokens).context("cannot time a product")?;
+        let rate = product_rate(model, shape).context("cannot time a product")?;
         let seconds = preflight::operations(shape, model, &self.0, tokens) / rate;
         cx.report(preflight::describe(&memory, shape));
         cx.report(format!(
@@ -225,15 +235,17 @@ impl Train {
             let held = lora_flow_train::rss_bytes().unwrap_or(0);
             preflight::check(shape, model, &self.0, available + held)?;
         }
-        Ok(Some(memory.total()))
+        Ok(Some(Prediction { peak: memory.total(), seconds }))
     }
 }
 
 /// Operations a second of a product like those of the model's MLP.
-fn product_rate(model: &ModelConfig, tokens: u64) -> candle_core::Result<f64> {
-    let (n, h, f) = (tokens.clamp(1, 256) as usize, model.hidden_size, model.intermediate_size);
+fn product_rate(model: &ModelConfig, shape: &Shape) -> candle_core::Result<f64> {
+    let n = shape.tokens.clamp(1, 256) as usize;
+    let (h, f) = (model.hidden_size, model.intermediate_size);
+    let dtype = if shape.weight_bytes < 4 { DType::BF16 } else { DType::F32 };
     let x = Tensor::ones((n, h), DType::F32, &Device::Cpu)?;
-    let w = Tensor::ones((f, h), DType::F32, &Device::Cpu)?;
+    let w = Tensor::ones((f, h), dtype, &Device::Cpu)?;
     let (mut done, started) = (0u32, Instant::now());
     while done < 1 || started.elapsed().as_millis() < 30 {
         lora_flow_kernels::linear::matmul_nt(&x, &w)?;
@@ -330,7 +342,8 @@ impl Train {
             "train_seconds": outcome.seconds,
             "tokens_per_second": speed,
             "peak_rss_bytes": sizes.measured,
-            "predicted_peak_bytes": sizes.predicted,
+            "predicted_peak_bytes": sizes.predicted.map(|p| p.peak),
+            "predicted_seconds": sizes.predicted.map(|p| p.seconds),
             "checkpoint_bytes": sizes.stored,
             "learning_rate": outcome.learning_rate,
         });
@@ -363,7 +376,7 @@ impl Train {
         let measured = sizes.measured as f64 / 1e9;
         let mut peak = format!("peak memory {measured:.3} GB");
         if let Some(predicted) = sizes.predicted {
-            let predicted = predicted as f64 / 1e9;
+            let predicted = predicted.peak as f64 / 1e9;
             let off = 100.0 * (predicted / measured - 1.0);
             peak += &format!("; predicted {predicted:.3} GB ({off:+.0} %)");
         }

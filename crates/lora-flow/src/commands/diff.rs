@@ -112,11 +112,7 @@ impl Side {
                 if artifact.manifest.kind != ArtifactKind::Metrics {
                     continue;
                 }
-                // The usual name of the one output would only be noise.
-                let prefix = match output.as_str() {
-                    "metrics" => task.id.clone(),
-                    other => format!("{}.{other}", task.id),
-                };
+                let prefix = commands::metrics_name(&task.id, output);
                 let artifact = engine.store().artifact(artifact);
                 let Some(Value::Object(numbers)) =
                     commands::artifact_json(&artifact, "metrics.json")

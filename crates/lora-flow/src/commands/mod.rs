@@ -129,6 +129,14 @@ fn engine_here() -> Result<Engine, Failure> {
     Ok(Engine::open(&root.unwrap_or(here), cache_dir)?.with_remote(remote()?))
 }
 
+/// What metrics are called: the usual name of the one output would only be noise.
+pub fn metrics_name(task: &str, output: &str) -> String {
+    match output {
+        "metrics" => task.to_owned(),
+        other => format!("{task}.{other}"),
+    }
+}
+
 /// A file of an artifact as text; nothing if it is not there or cannot be read.
 pub fn artifact_text(artifact: &Artifact, name: &str) -> Option<String> {
     std::fs::read_to_string(&artifact.files.get(name)?.path).ok()

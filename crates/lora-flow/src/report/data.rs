@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 
 use lora_flow_core::{Artifact, ArtifactKind};
+use lora_flow_data::{STATISTICS_FILE, TokenStatistics};
+use lora_flow_evaluate::{AnsweredSample, CONTAMINATION_FILE, answered_samples};
 use lora_flow_pipeline::{Engine, Entry, RunEdge, RunRecord, Status, TaskOutcome};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::commands::{artifact_json, artifact_text, flatten};
+use crate::commands::{artifact_json, artifact_text, flatten, metrics_name};
+use crate::report::samples::{SamplesView, side_by_side};
 
 /// A run. Serialised, it is both what the page is filled with and the JSON inside the page.
 #[derive(Debug, Serialize)]
@@ -31,8 +34,10 @@ pub struct RunView {
     pub graph: String,
     pub verdicts: Vec<VerdictView>,
     pub evaluations: Vec<EvaluationView>,
+    pub samples: Vec<SamplesView>,
     pub training: Vec<TrainingView>,
     pub data: Vec<DataView>,
+    pub contamination: Vec<ContaminationView>,
     pub artifacts: Vec<ArtifactView>,
     /// Tasks whose results the store no longer has: nothing but their outcome can be shown.
     pub gone: Vec<String>,
@@ -65,6 +70,7 @@ pub struct VerdictView {
 /// Metrics of one evaluation.
 #[derive(Debug, Serialize)]
 pub struct EvaluationView {
+    /// The task; with the output behind it where it has one for each model.
     pub task: String,
     /// Digest of the data it was measured on, where the evaluation says so.
     pub data: Option<String>,
@@ -87,6 +93,15 @@ pub struct TrainingView {
     pub log: Vec<Map<String, Value>>,
 }
 
+/// Evaluation rows held against training rows.
+#[derive(Debug, Serialize)]
+pub struct ContaminationView {
+    pub task: String,
+    pub metrics: Map<String, Value>,
+    /// The whole of `contamination.json`.
+    pub found: Value,
+}
+
 /// Statistics of a data set or of its tokens.
 #[derive(Debug, Serialize)]
 pub struct DataView {
@@ -94,6 +109,8 @@ pub struct DataView {
     pub name: String,
     pub kind: ArtifactKind,
     pub facts: BTreeMap<String, Value>,
+    /// Lengths and an example, of tokens.
+    pub statistics: Option<TokenStatistics>,
 }
 
 /// An artifact and where it comes from.
@@ -130,26 +147,36 @@ impl RunView {
             graph: lora_flow_pipeline::run_svg(record),
             verdicts: Vec::new(),
             evaluations: Vec::new(),
+            samples: Vec::new(),
             training: Vec::new(),
             data: Vec::new(),
+            contamination: Vec::new(),
             artifacts: Vec::new(),
             gone: Vec::new(),
         };
+        let mut answers = Vec::new();
         for task in &report.tasks {
             let entry = task.key.and_then(|key| engine.store().entry(&key));
             view.tasks.push(TaskView::of(task));
             match &entry {
-                Some(entry) => view.read_outputs(engine, task, entry),
+                Some(entry) => view.read_outputs(engine, task, entry, &mut answers),
                 None if task.key.is_some() && !task.outputs.is_empty() => {
                     view.gone.push(task.id.clone());
                 }
                 None => {}
             }
         }
+        view.samples = side_by_side(answers);
         view
     }
 
-    fn read_outputs(&mut self, engine: &Engine, task: &TaskOutcome, entry: &Entry) {
+    fn read_outputs(
+        &mut self,
+        engine: &Engine,
+        task: &TaskOutcome,
+        entry: &Entry,
+        answers: &mut Vec<(String, Vec<AnsweredSample>)>,
+    ) {
         let inputs = self.edges.iter().filter(|e| e.to == task.id && e.port.is_some());
         let files = entry.explained.files.values().flatten();
         let from: Vec<String> = inputs.map(|e| e.from.clone()).chain(files.cloned()).collect();
@@ -164,7 +191,12 @@ impl RunView {
                 from: from.clone(),
             });
             match artifact.kind {
-                ArtifactKind::Metrics => self.read_metrics(&task.id, &artifact),
+                ArtifactKind::Metrics => {
+                    let name = metrics_name(&task.id, output);
+                    self.read_metrics(&name, &artifact);
+                    let samples = artifact.get("samples.parquet").map(answered_samples);
+                    answers.extend(samples.and_then(Result::ok).map(|samples| (name, samples)));
+                }
                 ArtifactKind::Verdict => {
                     if let Some(verdict) = artifact_json(&artifact, "verdict.json") {
                         self.verdicts.push(VerdictView { task: task.id.clone(), verdict });
@@ -177,7 +209,9 @@ impl RunView {
                     };
                     if let Some(Value::Object(facts)) = artifact_json(&artifact, file) {
                         let facts = facts.into_iter().collect();
-                        self.data.push(DataView { name, kind: artifact.kind, facts });
+                        let statistics = artifact_json(&artifact, STATISTICS_FILE)
+                            .and_then(|json| serde_json::from_value(json).ok());
+                        self.data.push(DataView { name, kind: artifact.kind, facts, statistics });
                     }
                 }
                 _ => {}
@@ -190,6 +224,10 @@ impl RunView {
         if let Some(log) = artifact_text(artifact, "log.jsonl") {
             let log = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
             self.training.push(TrainingView { task: task.to_owned(), metrics, log });
+            return;
+        }
+        if let Some(found) = artifact_json(artifact, CONTAMINATION_FILE) {
+            self.contamination.push(ContaminationView { task: task.to_owned(), metrics, found });
             return;
         }
         let data = metrics.get("meta").and_then(|m| m.get("data")).and_then(Value::as_str);

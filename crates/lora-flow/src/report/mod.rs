@@ -3,4 +3,5 @@
 pub mod data;
 pub mod page;
 mod plot;
+mod samples;
 mod verdict;

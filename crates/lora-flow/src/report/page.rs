@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use lora_flow_core::{ArtifactKind, Result, ResultExt};
+use lora_flow_data::Example;
 use lora_flow_evaluate::short;
 use minijinja::value::{Serde, ValueKind};
 use minijinja::{AutoEscape, Environment, Value as Shown};
@@ -11,7 +12,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::data::{DataView, EvaluationView, RunView, TaskView, TrainingView};
-use super::plot::{Interval, Series, intervals, lines};
+use super::plot::{Interval, Series, bars, intervals, lines};
 
 const TEMPLATE: &str = include_str!("report.html");
 
@@ -27,6 +28,9 @@ const CURVES: [(&str, &str, Option<&str>); 5] = [
     ("peak_rss_bytes", "peak memory, GB", None),
 ];
 
+/// Rows of a contamination that the page lists; its JSON has all.
+const OVERLAPS: usize = 50;
+
 /// What the template is filled with.
 #[derive(Debug, Serialize)]
 struct Page<'a> {
@@ -39,6 +43,7 @@ struct Page<'a> {
     metrics: Vec<Compared>,
     overlays: Vec<Picture>,
     runs: Vec<PageRun<'a>>,
+    overlaps: usize,
     json: String,
 }
 
@@ -47,10 +52,14 @@ struct PageRun<'a> {
     run: &'a RunView,
     /// The DAG as a `data:` address: as an image its style stays its own.
     dag: String,
+    /// Pixels that the DAG needs to be read; a narrower page scrolls it.
+    dag_least: f64,
     verdicts: Vec<super::verdict::Shown>,
     evaluations: Vec<EvaluationTable>,
     training: Vec<PageTraining<'a>>,
     data: Vec<DataTable<'a>>,
+    histograms: Vec<Picture>,
+    examples: Vec<(&'a str, &'a Example)>,
     reports: Vec<&'a TaskView>,
 }
 
@@ -71,10 +80,17 @@ impl<'a> PageRun<'a> {
         Self {
             run,
             dag: data_address(&run.graph),
+            dag_least: 0.7 * width(&run.graph),
             verdicts: run.verdicts.iter().map(super::verdict::view).collect(),
             evaluations: evaluation_tables(&run.evaluations),
             training: training.collect(),
             data: data_tables(&run.data),
+            histograms: run.data.iter().filter_map(histogram).collect(),
+            examples: run
+                .data
+                .iter()
+                .filter_map(|d| Some((d.name.as_str(), &d.statistics.as_ref()?.example)))
+                .collect(),
             reports: run.tasks.iter().filter(|t| !t.report.trim().is_empty()).collect(),
         }
     }
@@ -139,7 +155,6 @@ pub fn render(runs: &[RunView]) -> Result<String> {
     environment.add_filter("duration", |v: f64| {
         crate::table::duration(Duration::try_from_secs_f64(v).unwrap_or_default())
     });
-    environment.add_filter("marked", |text: String| Shown::from_safe_string(marked(&text)));
     environment.add_template("report", TEMPLATE).context("the report's template")?;
 
     let many = runs.len() > 1;
@@ -154,10 +169,17 @@ pub fn render(runs: &[RunView]) -> Result<String> {
         metrics: compared(runs, metrics_of, true),
         overlays: overlays(runs),
         runs: runs.iter().map(PageRun::of).collect(),
+        overlaps: OVERLAPS,
         json,
     };
     let template = environment.get_template("report").context("the report's template")?;
     template.render(Serde(&page)).context("the report's template")
+}
+
+/// The width that an SVG gives itself, in pixels.
+fn width(svg: &str) -> f64 {
+    let value = svg.split_once("width=\"").and_then(|(_, rest)| rest.split_once('"'));
+    value.and_then(|(number, _)| number.parse().ok()).unwrap_or(0.0)
 }
 
 /// An SVG as the address of an image.
@@ -286,6 +308,10 @@ fn data_tables(data: &[DataView]) -> Vec<DataTable<'_>> {
                 let value = group.iter().find_map(|d| d.facts.get(*name));
                 !name.ends_with("_digest") && value.is_some_and(|v| !v.is_object() && !v.is_array())
             };
+            let length = |d: &DataView, i: usize| {
+                let (name, length) = d.statistics.as_ref()?.lengths.get(i)?;
+                Some((format!("length, {name}"), Value::from(*length)))
+            };
             let mut facts: Vec<&String> = group.iter().flat_map(|d| d.facts.keys()).collect();
             facts.sort_unstable();
             facts.dedup();
@@ -293,11 +319,24 @@ fn data_tables(data: &[DataView]) -> Vec<DataTable<'_>> {
                 name: name.clone(),
                 values: group.iter().map(|d| d.facts.get(name).cloned()).collect(),
             };
-            let rows: Vec<Compared> = facts.into_iter().filter(simple).map(row).collect();
+            let mut rows: Vec<Compared> = facts.into_iter().filter(simple).map(row).collect();
+            rows.extend((0..).map_while(|i| {
+                let (name, _) = group.iter().find_map(|d| length(d, i))?;
+                let values = group.iter().map(|d| length(d, i).map(|(_, v)| v)).collect();
+                Some(Compared { name, values })
+            }));
             let names = group.iter().map(|d| d.name.as_str()).collect();
             (!rows.is_empty()).then_some(DataTable { kind, names, rows })
         })
         .collect()
+}
+
+/// How long the documents of tokens are.
+fn histogram(data: &DataView) -> Option<Picture> {
+    let drawn = &data.statistics.as_ref()?.histogram;
+    let drawn: Vec<_> = drawn.iter().map(|b| (b.from, b.to, b.documents)).collect();
+    let svg = bars("tokens of a document", "documents", &drawn).ok()?;
+    Some(Picture { title: format!("{}: lengths", data.name), svg })
 }
 
 fn metrics_of(run: &RunView) -> BTreeMap<String, Value> {
@@ -308,7 +347,11 @@ fn metrics_of(run: &RunView) -> BTreeMap<String, Value> {
         let numbers = t.metrics.iter().filter(|(_, v)| v.is_number());
         numbers.map(|(name, v)| (format!("{}.{name}", t.task), v.clone()))
     });
-    evaluated.chain(trained).collect()
+    let overlapping = run
+        .contamination
+        .iter()
+        .flat_map(|c| c.metrics.iter().map(|(name, v)| (format!("{}.{name}", c.task), v.clone())));
+    evaluated.chain(trained).chain(overlapping).collect()
 }
 
 /// What the runs have under each name; without `all`, only where they differ.
@@ -339,14 +382,4 @@ fn shown(value: &Shown) -> String {
         }
         _ => value.to_string(),
     }
-}
-
-/// Text in which what stands between ⟦ and ⟧ is marked: the supervised part of an example.
-fn marked(text: &str) -> String {
-    let escaped = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    // An unpaired bracket, from the data itself, must not leave an element open.
-    if escaped.matches('⟦').count() != escaped.matches('⟧').count() {
-        return escaped;
-    }
-    escaped.replace('⟦', "<mark>").replace('⟧', "</mark>")
 }

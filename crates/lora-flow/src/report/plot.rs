@@ -100,6 +100,47 @@ pub fn lines(x_label: &str, y_label: &str, series: &[Series]) -> Result<String> 
     })
 }
 
+/// Counts of whole numbers in ranges `from..=to`.
+///
+/// # Errors
+/// When there is no range, or the drawing fails.
+pub fn bars(x_label: &str, y_label: &str, bars: &[(u32, u32, u64)]) -> Result<String> {
+    let (Some(first), Some(last)) = (bars.first(), bars.last()) else {
+        return Err(Error::new(format!("`{x_label}` has no bar to draw")));
+    };
+    let x = f64::from(first.0) - 0.5..f64::from(last.1) + 0.5;
+    let highest = bars.iter().map(|b| b.2).max().unwrap_or(0).max(1) as f64;
+    draw(220, |root| {
+        let mut chart = ChartBuilder::on(root)
+            .margin(8)
+            .margin_right(20)
+            .x_label_area_size(38)
+            .y_label_area_size(62)
+            .build_cartesian_2d(x, 0.0..highest * 1.05)?;
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(GRID)
+            .axis_style(GRID)
+            .disable_x_mesh()
+            .x_labels(6)
+            .y_labels(6)
+            .x_desc(x_label)
+            .y_desc(y_label)
+            .label_style(FONT.into_font().color(&TEXT))
+            .y_label_formatter(&|v| axis_number(*v, highest))
+            .x_label_formatter(&|v| axis_number(*v, 100.0))
+            .draw()?;
+        chart.draw_series(bars.iter().map(|&(from, to, count)| {
+            let (from, to) = (f64::from(from) - 0.5, f64::from(to) + 0.5);
+            let gap = 0.06 * (to - from);
+            let corners = [(from + gap, count as f64), (to - gap, 0.0)];
+            Rectangle::new(corners, SERIES[0].filled())
+        }))?;
+        Ok(())
+    })
+}
+
 /// One dot with its interval a line, from top to bottom.
 ///
 /// # Errors
@@ -237,6 +278,13 @@ mod tests {
             intervals("acc", &[row("base", 0.5, Some(0.1)), row("tuned", 0.7, None)]).unwrap();
         assert_eq!(svg.matches("<circle").count(), 2, "{svg}");
         assert!(svg.contains(">\nbase\n<") && svg.contains(">\ntuned\n<"), "{svg}");
+    }
+
+    #[test]
+    fn a_histogram_has_a_bar_for_each_range() {
+        let svg = bars("tokens", "documents", &[(1, 4, 2), (5, 8, 1), (9, 12, 4)]).unwrap();
+        assert_eq!(svg.matches("fill=\"#2F7ED8\"").count(), 3, "{svg}");
+        assert!(bars("tokens", "documents", &[]).is_err());
     }
 
     #[test]

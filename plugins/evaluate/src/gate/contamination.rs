@@ -43,7 +43,7 @@ pub struct NoContamination {
     pub max_share: f64,
 }
 
-fn ngram() -> usize {
+pub(crate) fn ngram() -> usize {
     13
 }
 
@@ -67,55 +67,112 @@ impl NoContamination {
     /// # Errors
     /// When an input has no rows or no text.
     pub(crate) fn judge(&self, train: &NamedArtifact, eval: &NamedArtifact) -> Result<Named> {
+        let Some(found) = self.compare(train, eval)? else {
+            let message = "there are no evaluation rows or no training rows: nothing was compared";
+            return Ok(Named::settled(false, message.to_owned(), json!({})));
+        };
+        let mut details = found.counts();
+        details["max_share"] = json!(self.max_share);
+        details["rows"] = json!(&found.seen[..found.seen.len().min(LISTED)]);
+        if !found.scores.is_null() {
+            details["scores"] = found.scores.clone();
+        }
+        Ok(Named::settled(found.share() <= self.max_share, found.headline(), details))
+    }
+
+    /// Finds the seen rows; none if one side has no rows.
+    ///
+    /// # Errors
+    /// When an input cannot be read or has no text.
+    pub(crate) fn compare(
+        &self,
+        train: &NamedArtifact,
+        eval: &NamedArtifact,
+    ) -> Result<Option<Overlap>> {
         let rows =
             texts(eval, &self.eval_columns).with_context(|| format!("input `{}`", self.eval))?;
         let mut watch = Watch::new(&rows, self.ngram);
-        let mut seen_rows = 0usize;
+        let mut train_rows = 0usize;
         each_text(train, &self.train_columns, &mut |place, text| {
-            seen_rows += 1;
+            train_rows += 1;
             watch.look(place, text);
         })
         .with_context(|| format!("input `{}`", self.train))?;
-        if rows.is_empty() || seen_rows == 0 {
-            let (e, t) = (rows.len(), seen_rows);
-            let message =
-                format!("{e} evaluation rows and {t} training rows: nothing was compared");
-            return Ok(Named::settled(false, message, json!({})));
+        if rows.is_empty() || train_rows == 0 {
+            return Ok(None);
         }
-        let hits = watch.hits;
-        let share = hits.len() as f64 / rows.len() as f64;
-        let exact = hits.values().filter(|h| h.exact).count();
-        let listed: Vec<Value> = hits
-            .iter()
-            .take(LISTED)
-            .map(|(i, hit)| {
-                json!({ "row": rows[*i].0, "train_row": hit.place, "exact": hit.exact, "shared": hit.shared })
-            })
-            .collect();
-        let mut details = json!({
-            "eval_rows": rows.len(),
-            "train_rows": seen_rows,
-            "ngram": self.ngram,
-            "seen": hits.len(),
-            "seen_exactly": exact,
-            "share": share,
-            "max_share": self.max_share,
-            "rows": listed,
-        });
-        if eval.artifact.kind == ArtifactKind::Metrics && !hits.is_empty() {
+        let mut scores = Value::Null;
+        if eval.artifact.kind == ArtifactKind::Metrics && !watch.hits.is_empty() {
             let side = Side::open(&self.eval, &eval.artifact)?;
-            details["scores"] = clean_scores(&side, &hits.keys().copied().collect())?;
+            scores = clean_scores(&side, &watch.hits.keys().copied().collect())?;
         }
-        let first = hits
-            .iter()
-            .next()
-            .map_or(String::new(), |(i, hit)| format!("; first: {} in {}", rows[*i].0, hit.place));
-        let headline = format!(
-            "{} of {} evaluation rows were seen in {seen_rows} training rows ({exact} whole){first}",
-            hits.len(),
-            rows.len()
-        );
-        Ok(Named::settled(share <= self.max_share, headline, details))
+        let seen = watch.hits.into_iter().map(|(i, hit)| Seen {
+            row: rows[i].0.clone(),
+            train_row: hit.place,
+            exact: hit.exact,
+            shared: hit.shared,
+        });
+        let seen = seen.collect();
+        Ok(Some(Overlap { eval_rows: rows.len(), train_rows, ngram: self.ngram, seen, scores }))
+    }
+}
+
+/// What two sets of rows share.
+pub(crate) struct Overlap {
+    pub(crate) eval_rows: usize,
+    pub(crate) train_rows: usize,
+    pub(crate) ngram: usize,
+    /// In the order of the evaluation rows.
+    pub(crate) seen: Vec<Seen>,
+    /// Every metric on all rows and on the clean ones, where the evaluation's results are given.
+    pub(crate) scores: Value,
+}
+
+/// An evaluation row that the training has seen.
+#[derive(Debug, Serialize)]
+pub(crate) struct Seen {
+    pub(crate) row: String,
+    /// The first training row that shows it.
+    pub(crate) train_row: String,
+    /// Whether the whole text is that row's.
+    pub(crate) exact: bool,
+    /// Words that both have.
+    pub(crate) shared: String,
+}
+
+impl Overlap {
+    pub(crate) fn share(&self) -> f64 {
+        self.seen.len() as f64 / self.eval_rows as f64
+    }
+
+    /// The numbers.
+    pub(crate) fn counts(&self) -> Value {
+        json!({
+            "eval_rows": self.eval_rows,
+            "train_rows": self.train_rows,
+            "ngram": self.ngram,
+            "seen": self.seen.len(),
+            "seen_exactly": self.whole(),
+            "share": self.share(),
+        })
+    }
+
+    /// In a line.
+    pub(crate) fn headline(&self) -> String {
+        let first = self.seen.first();
+        let first = first.map(|s| format!("; first: {} in {}", s.row, s.train_row));
+        format!(
+            "{} of {} evaluation rows were seen in {} training rows ({} whole){}",
+            self.seen.len(),
+            self.eval_rows,
+            self.train_rows,
+            self.whole(),
+            first.unwrap_or_default()
+        )
+    }
+
+    fn whole(&self) -> usize {
+        self.seen.iter().filter(|s| s.exact).count()
     }
 }
 

@@ -11,6 +11,7 @@ mod model;
 mod prompt;
 mod results;
 mod rows;
+mod samples;
 mod task_file;
 mod task_reader;
 
@@ -37,6 +38,7 @@ use crate::tasks::prompt::{PromptOptions, Prompter, Question};
 use crate::tasks::rows::{Rows, Source};
 use crate::tasks::task_file::TaskFile;
 
+pub use samples::{AnsweredSample, answered_samples};
 pub(crate) use task_file::OutputType;
 
 /// Name of the base among `models`.
