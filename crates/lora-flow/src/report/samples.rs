@@ -39,23 +39,22 @@ pub struct AnswerView {
     pub correct: Option<bool>,
 }
 
-/// Which question a sample answers: task, row, digest of the row.
-type Key = (String, u32, String);
+/// The answers to the questions of a task, by row and digest of the row.
+type Questions = BTreeMap<(u32, String), Vec<AnsweredSample>>;
 
 /// Answers of several evaluations, by task. Shown are the first questions on which the models differ
 /// in being right, then those to which they said different things, then the others, each in the order
 /// of the rows.
 pub fn side_by_side(evaluations: Vec<(String, Vec<AnsweredSample>)>) -> Vec<SamplesView> {
     // An evaluation stands beside those of the same task; one may hold several tasks.
-    let mut tasks: BTreeMap<String, (Vec<String>, BTreeMap<Key, Vec<AnsweredSample>>)> =
-        BTreeMap::new();
+    let mut tasks: BTreeMap<String, (Vec<String>, Questions)> = BTreeMap::new();
     for (name, samples) in evaluations {
         for sample in samples {
             let (models, rows) = tasks.entry(sample.task.clone()).or_default();
             if models.last() != Some(&name) {
                 models.push(name.clone());
             }
-            let key = (sample.task.clone(), sample.doc_id, sample.digest.clone());
+            let key = (sample.doc_id, sample.digest.clone());
             let answers = rows.entry(key).or_default();
             // Only rows that every model so far has answered can be completed.
             if answers.len() + 1 == models.len() {
@@ -66,11 +65,7 @@ pub fn side_by_side(evaluations: Vec<(String, Vec<AnsweredSample>)>) -> Vec<Samp
     tasks.into_iter().filter_map(|(task, (models, rows))| view(task, models, rows)).collect()
 }
 
-fn view(
-    task: String,
-    models: Vec<String>,
-    rows: BTreeMap<Key, Vec<AnsweredSample>>,
-) -> Option<SamplesView> {
+fn view(task: String, models: Vec<String>, rows: Questions) -> Option<SamplesView> {
     let mut rows: Vec<Vec<AnsweredSample>> =
         rows.into_values().filter(|answers| answers.len() == models.len()).collect();
     let questions = rows.len();
