@@ -200,8 +200,8 @@ fn answers_stand_side_by_side_and_an_example_shows_what_is_learnt() {
     };
     assert_eq!(text("<span class=\"learnt\">([^<]*)<"), "its inputs & <nothing> else<|end|>");
     assert_eq!(text("<span>([^<]*)<"), "What does a worker read? ".repeat(2));
-    let tokens = data[0]["data"].as_array().unwrap().iter();
-    let tokens = tokens.filter(|d| d["name"] == "pair_tokens.tokens").next_back().unwrap();
+    let mut tokens = data[0]["data"].as_array().unwrap().iter();
+    let tokens = tokens.rfind(|d| d["name"] == "pair_tokens.tokens").unwrap();
     let bars = tokens["statistics"]["histogram"].as_array().unwrap().iter();
     let drawn: u64 = bars.map(|b| b["documents"].as_u64().unwrap()).sum();
     assert_eq!(Value::from(drawn), tokens["facts"]["documents"]);
