@@ -286,7 +286,7 @@ mod tests {
         }
         let light = TrainConfig { gradient_checkpointing: true, ..config.clone() };
         let with = shape.memory(&model, &light);
-        assert!(with.total() < needed / 2, "the stream alone is a small part of a layer");
+        assert!(with.total() < needed, "the stream alone is less than what is kept by itself");
         let full = TrainConfig { method: Method::Full, ..config };
         let all = Shape { trainable: shape.base, ranks: 0, ..shape };
         assert!(all.memory(&model, &full).total() > shape.memory(&model, &full).total());

@@ -414,7 +414,7 @@ fn manifests_of_the_plugins_in_this_repository_are_sound() {
         }
     }
     kinds.sort();
-    assert_eq!(kinds, ["pip-fetch", "rust-docs", "tiny-model", "tiny-tasks"]);
+    assert_eq!(kinds, ["chats", "pip-fetch", "rust-docs", "tiny-model", "tiny-tasks"]);
 }
 
 #[test]
