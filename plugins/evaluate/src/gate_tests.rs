@@ -8,6 +8,9 @@ use lora_flow_core::{
 
 use super::*;
 
+#[path = "gate_rules_tests.rs"]
+mod rules;
+
 struct Quiet;
 
 impl Reporter for Quiet {
@@ -17,17 +20,28 @@ impl Reporter for Quiet {
 /// Runs a gate over `name → metrics.json`; returns report, denial and verdict.
 fn run(gate: &Gate, metrics: &[(&str, Value)]) -> Result<(String, Option<String>, Value)> {
     let dir = tempfile::tempdir().unwrap();
-    let inputs: BTreeMap<_, _> = metrics
-        .iter()
-        .map(|(name, json)| {
-            let folder = dir.path().join(name);
-            fs_err::create_dir_all(&folder).unwrap();
-            fs_err::write(folder.join("metrics.json"), json.to_string()).unwrap();
-            let artifact = Artifact::from_dir(ArtifactKind::Metrics, &folder).unwrap();
-            let reference = (*name).to_owned();
-            ((*name).to_owned(), vec![NamedArtifact { reference, artifact }])
-        })
-        .collect();
+    let inputs = metrics.iter().map(|(name, json)| {
+        let folder = dir.path().join(name);
+        fs_err::create_dir_all(&folder).unwrap();
+        fs_err::write(folder.join("metrics.json"), json.to_string()).unwrap();
+        named(name, ArtifactKind::Metrics, &folder)
+    });
+    judge(gate, dir.path(), inputs.collect(), BTreeMap::new())
+}
+
+/// A folder as an input of the gate, made by a task of the same name.
+fn named(name: &str, kind: ArtifactKind, folder: &Path) -> (String, Vec<NamedArtifact>) {
+    let artifact = Artifact::from_dir(kind, folder).unwrap();
+    (name.to_owned(), vec![NamedArtifact { reference: name.to_owned(), artifact }])
+}
+
+/// The same over inputs of any kind; `dir` is for what the gate writes.
+fn judge(
+    gate: &Gate,
+    dir: &Path,
+    inputs: BTreeMap<String, Vec<NamedArtifact>>,
+    files: BTreeMap<String, Vec<std::path::PathBuf>>,
+) -> Result<(String, Option<String>, Value)> {
     let output = |path: &Path| OutputDir {
         port: "verdict".into(),
         kind: ArtifactKind::Verdict,
@@ -35,14 +49,14 @@ fn run(gate: &Gate, metrics: &[(&str, Value)]) -> Result<(String, Option<String>
         adopted: BTreeMap::new(),
         meta: Value::Null,
     };
-    let out = dir.path().join("out");
+    let out = dir.join("verdict");
     fs_err::create_dir_all(&out).unwrap();
     let mut cx = TaskContext::new(TaskContextParts {
         inputs,
         outputs: BTreeMap::from([("verdict".to_owned(), output(&out))]),
-        files: BTreeMap::new(),
-        scratch: dir.path().to_owned(),
-        state_dir: dir.path().to_owned(),
+        files,
+        scratch: dir.to_owned(),
+        state_dir: dir.to_owned(),
         device: DeviceSpec::Cpu,
         threads: 1,
         allow_network: false,

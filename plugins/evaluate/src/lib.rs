@@ -31,7 +31,7 @@ pub const TASKS: &[TaskKind] = &[
     ),
     kind::<Gate>(
         "gate",
-        2,
+        3,
         "a verdict by rules and paired tests; what depends on it runs only if it passes",
     ),
 ];

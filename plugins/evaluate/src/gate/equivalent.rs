@@ -75,6 +75,8 @@ impl MergeEquivalent {
             .with_hint("evaluate both on the same rows and the same `limit`"));
         }
         let (mut worst, mut compared, mut changed, mut rows) = (0f64, 0usize, 0usize, Vec::new());
+        // Rows about which neither side said anything: two silences are no agreement.
+        let mut silent = 0usize;
         for (key, (now, before)) in a.keys().zip(a.values().zip(b.values())) {
             if now.prompt != before.prompt {
                 return Err(Error::new("the same rows were asked with other prompts"));
@@ -85,6 +87,7 @@ impl MergeEquivalent {
             let apart =
                 apart.fold(0f64, |max, d| if d.is_finite() { max.max(d) } else { f64::INFINITY });
             compared += now.loglikelihoods.len();
+            silent += usize::from(now.loglikelihoods.is_empty() && now.answer.is_none());
             worst = worst.max(apart);
             let other = now.answer != before.answer
                 || now.loglikelihoods.len() != before.loglikelihoods.len();
@@ -105,11 +108,15 @@ impl MergeEquivalent {
             "max_changed_share": self.max_changed_share,
             "rows": rows,
         });
+        if n == 0 || silent > 0 {
+            let headline = format!("{silent} of {n} rows have neither log-likelihood nor answer");
+            return Ok(Named::settled(false, headline, details));
+        }
         let headline = format!(
             "max |Δ log-likelihood| {} over {n} rows, {changed} other answers",
             short(worst)
         );
-        let passed = n > 0 && worst <= self.tolerance && share <= self.max_changed_share;
+        let passed = worst <= self.tolerance && share <= self.max_changed_share;
         Ok(Named::settled(passed, headline, details))
     }
 }
@@ -136,7 +143,12 @@ fn said(side: &Side) -> Result<BTreeMap<(String, String, usize), Said>> {
                 },
             };
             let said = Said {
-                loglikelihoods: lls.as_primitive::<Float64Type>().values().to_vec(),
+                // A null is a number that is missing.
+                loglikelihoods: lls
+                    .as_primitive::<Float64Type>()
+                    .iter()
+                    .map(|x| x.unwrap_or(f64::NAN))
+                    .collect(),
                 answer: text("prediction"),
                 prompt: text("prompt_hash"),
             };

@@ -123,10 +123,18 @@ pub(crate) fn judge(question: &Question<'_>, candidate: &Side, baseline: &Side) 
         pair(question.metric, candidate, baseline, question.different_prompts)?;
     let of = |rows: &[Row]| -> Vec<Sample> { rows.iter().map(|r| r.sample.clone()).collect() };
     let (a, b) = (of(&rows), of(&others));
-    let sign = if info.higher_is_better { 1.0 } else { -1.0 };
-    let mut found = weigh(question, info.statistic, sign, &a, &b);
     let statistic = info.statistic;
     let (after, before) = (statistic.of(&a), statistic.of(&b));
+    // Both what the evaluation says and what its rows add up to: neither may be missing.
+    for (side, value) in [(candidate, after), (baseline, before)] {
+        let told = side.values.get(question.metric).copied().flatten();
+        if told.is_none() || !value.is_finite() {
+            let what = format!("`{}` of `{}` is not a finite number", question.metric, side.name);
+            return Ok(Named::settled(false, what, json!({ "metric": question.metric })));
+        }
+    }
+    let sign = if info.higher_is_better { 1.0 } else { -1.0 };
+    let mut found = weigh(question, statistic, sign, &a, &b);
     found.headline =
         format!("{} {} → {}: {}", question.metric, short(before), short(after), found.headline);
     let details = &mut found.details;
