@@ -30,6 +30,28 @@ fn training(p: &Project, more: &str) {
     );
 }
 
+/// Trains the adapter of `base` on another base, which has `field` of its config changed.
+fn other_base(p: &Project, field: &str, value: serde_json::Value, tensors: crate::Tensors) {
+    let mut config = model_config();
+    config[field] = value;
+    p.write("models/other/config.json", config.to_string());
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        let bytes = std::fs::read(p.path(&format!("models/tiny/{file}"))).unwrap();
+        p.write(&format!("models/other/{file}"), bytes);
+    }
+    p.write("models/other/model.safetensors", serialized(tensors));
+    p.edit(
+        "pipeline.yaml",
+        "  train_tokens:",
+        "  other:\n    uses: model\n    with: { source: models/other }\n  train_tokens:",
+    );
+    p.edit(
+        "pipeline.yaml",
+        "inputs: { model: base, adapter: adapter",
+        "inputs: { model: other, adapter: adapter",
+    );
+}
+
 const CHAT: [&str; 3] = ["system", "user", "assistant"];
 
 #[test]
@@ -112,28 +134,43 @@ fn methods() {
                 "adapter of another base",
                 1,
                 |p| {
-                    let mut config = model_config();
-                    config["num_hidden_layers"] = json!(1);
-                    p.write("models/other/config.json", config.to_string());
-                    for file in ["tokenizer.json", "tokenizer_config.json"] {
-                        let bytes = std::fs::read(p.path(&format!("models/tiny/{file}"))).unwrap();
-                        p.write(&format!("models/other/{file}"), bytes);
-                    }
                     let mut kept = model_tensors();
                     kept.retain(|(name, ..)| !name.starts_with("model.layers.1."));
-                    p.write("models/other/model.safetensors", serialized(kept));
-                    p.edit(
-                        "pipeline.yaml",
-                        "  train_tokens:",
-                        "  other:\n    uses: model\n    with: { source: models/other }\n  train_tokens:",
-                    );
-                    p.edit(
-                        "pipeline.yaml",
-                        "inputs: { model: base, adapter: adapter",
-                        "inputs: { model: other, adapter: adapter",
-                    );
+                    other_base(p, "num_hidden_layers", json!(1), kept);
                 },
                 &["--target", "train"],
+            ),
+            (
+                "adapter of a base of other shapes",
+                1,
+                |p| {
+                    let mut narrow = model_tensors();
+                    for (name, shape, data) in &mut narrow {
+                        if name.contains("mlp.") {
+                            // 48 instead of 64, whichever side that is.
+                            shape.iter_mut().filter(|n| **n == 64).for_each(|n| *n = 48);
+                            data.truncate(shape.iter().product());
+                        }
+                    }
+                    other_base(p, "intermediate_size", json!(48), narrow);
+                },
+                &["--target", "train"],
+            ),
+            (
+                "prompts that leave no room for what is learnt",
+                1,
+                |p| {
+                    let row = |i: usize| json!({ "prompt": format!("{i} {}", "well ".repeat(30)), "completion": "yes" });
+                    let lines: String = (0..40).map(|i| row(i).to_string() + "\n").collect();
+                    p.write("data/docs.jsonl", lines);
+                    p.edit("pipeline.yaml", "      text: text\n", "");
+                    p.edit(
+                        "pipeline.yaml",
+                        "format: text, max_length: 64, packing: true",
+                        "format: prompt-completion, max_length: 64",
+                    );
+                },
+                &["--target", "train_tokens"],
             ),
             (
                 "weight of no adapter",
