@@ -253,4 +253,9 @@ fn mistakes_in_task_files_are_found_before_anything_runs() {
     let ran = project.expect(1, &target);
     assert!(ran.stderr.contains("there is no split `tst`"), "{}", ran.stderr);
     assert!(ran.stderr.contains("did you mean `test`?"), "{}", ran.stderr);
+    let project = self::project();
+    project.write("data/words.jsonl", "");
+    let ran = project.expect(1, &target);
+    assert!(ran.stderr.contains("words.jsonl"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("empty"), "{}", ran.stderr);
 }
