@@ -153,15 +153,19 @@ fn attentions() -> Result<()> {
         let docs: Vec<usize> = (0..=N / length).map(|i| i * length).collect();
         let pairs = (N / length * length * (length + 1) / 2 * heads) as f64;
         let scale = 0.125;
-        time(&format!("attention forward {name}"), 4.0 * pairs * width as f64, || {
-            black_box(attention::forward(&q, &k, &v, &docs, scale, None)?);
-            Ok(())
-        })?;
-        let (o, lse) = attention::forward(&q, &k, &v, &docs, scale, None)?;
-        time(&format!("attention backward {name}"), 10.0 * pairs * width as f64, || {
-            black_box(attention::backward(&q, &q, &k, &v, &o, &lse, &docs, scale, None)?);
-            Ok(())
-        })?;
+        for operands in [DType::F32, DType::BF16] {
+            let setting = attention::Setting { docs: &docs, scale, window: None, operands };
+            let name = format!("{name} {operands:?}");
+            time(&format!("attention forward {name}"), 4.0 * pairs * width as f64, || {
+                black_box(attention::forward(&q, &k, &v, &setting)?);
+                Ok(())
+            })?;
+            let (o, lse) = attention::forward(&q, &k, &v, &setting)?;
+            time(&format!("attention backward {name}"), 10.0 * pairs * width as f64, || {
+                black_box(attention::backward(&q, &q, &k, &v, &o, &lse, &setting)?);
+                Ok(())
+            })?;
+        }
         time(&format!("attention reference forward {name}"), 4.0 * pairs * width as f64, || {
             black_box(attention::reference::forward(&q, &k, &v, &docs, scale, None)?);
             Ok(())

@@ -74,6 +74,7 @@ pub(crate) fn zeros(len: usize) -> Vec<f32> {
 struct Line([f32; 16]);
 
 /// Zeros that begin at a cache line, for buffers that are read in whole vectors.
+#[derive(Clone)]
 pub(crate) struct Aligned {
     lines: Vec<Line>,
     len: usize,

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use lora_flow_kernels::activation::{Act, swiglu_backward, swiglu_forward};
 use lora_flow_kernels::cuda::ops::{self, AdamWBuffers, AdamWStep, Attention, Matrix};
@@ -402,19 +402,11 @@ fn attend(
         tensor(&k, &[n, kv_heads, dim]),
         tensor(&v, &[n, kv_heads, dim]),
     );
-    let (o, lse) = attention::forward(&tq, &tk, &tv, docs, scale, window).unwrap();
-    let (dq, dk, dv) = attention::backward(
-        &tensor(&d, &[n, heads, dim]),
-        &tq,
-        &tk,
-        &tv,
-        &o,
-        &lse,
-        docs,
-        scale,
-        window,
-    )
-    .unwrap();
+    let setting = attention::Setting { docs, scale, window, operands: DType::F32 };
+    let (o, lse) = attention::forward(&tq, &tk, &tv, &setting).unwrap();
+    let (dq, dk, dv) =
+        attention::backward(&tensor(&d, &[n, heads, dim]), &tq, &tk, &tv, &o, &lse, &setting)
+            .unwrap();
 
     let (first, last, tiles) = layout(docs, gpu.flash_rows(dim).unwrap_or([128; 3]));
     let (first, last) = (gpu.upload(&first).unwrap(), gpu.upload(&last).unwrap());

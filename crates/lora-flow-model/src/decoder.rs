@@ -96,7 +96,7 @@ fn compute_dtype(weights: DType, device: &Device) -> DType {
     }
 }
 
-fn dims(config: &ModelConfig) -> Dims {
+fn dims(config: &ModelConfig, operands: DType) -> Dims {
     Dims {
         heads: config.num_attention_heads,
         kv_heads: config.num_key_value_heads,
@@ -108,6 +108,7 @@ fn dims(config: &ModelConfig) -> Dims {
             HiddenAct::Gelu => Act::Gelu,
             HiddenAct::GeluTanh => Act::GeluTanh,
         },
+        operands,
     }
 }
 
@@ -166,7 +167,7 @@ impl Decoder {
     pub fn on_gpu(config: ModelConfig, decoder: crate::cuda::CudaDecoder) -> Result<Self> {
         let none = Tensor::zeros(0, DType::F32, &Device::Cpu).context("cannot make a tensor")?;
         Ok(Self {
-            dims: dims(&config),
+            dims: dims(&config, DType::F32),
             config,
             embed: none.clone(),
             layers: Vec::new(),
@@ -266,7 +267,7 @@ impl Decoder {
         };
         let rope = Mutex::new(Arc::new(RopeTable::new(&config.inv_freq(), 0, 1.0)));
         Ok(Self {
-            dims: dims(&config),
+            dims: dims(&config, embed.dtype()),
             config,
             embed,
             layers,

@@ -136,6 +136,8 @@ pub(crate) struct Dims {
     pub(crate) eps: f64,
     pub(crate) window: Option<usize>,
     pub(crate) act: Act,
+    /// Dtype of the matrices, and so of what products may round their operands to.
+    pub(crate) operands: DType,
 }
 
 impl Dims {
@@ -159,12 +161,16 @@ pub(crate) struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    fn setting(&self) -> attention::Setting<'_> {
+        let Dims { window, operands, .. } = *self.dims;
+        attention::Setting { docs: self.docs, scale: self.dims.scale(), window, operands }
+    }
+
     /// Attention output and log-sum-exp, see [`attention::forward`].
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (scale, window) = (self.dims.scale(), self.dims.window);
         match self.ends {
-            Some(ends) => attention::forward_tree(q, k, v, ends, scale),
-            None => attention::forward(q, k, v, self.docs, scale, window),
+            Some(ends) => attention::forward_tree(q, k, v, ends, self.dims.scale()),
+            None => attention::forward(q, k, v, &self.setting()),
         }
     }
 }
@@ -474,9 +480,7 @@ impl Layer {
             &acts.v,
             &acts.o,
             &acts.lse,
-            pass.docs,
-            dims.scale(),
-            dims.window,
+            &pass.setting(),
         )?;
         drop(dattended);
         let mut dq = rope::apply(&dq, pass.positions, pass.rope, true)?;

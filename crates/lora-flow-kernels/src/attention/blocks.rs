@@ -2,9 +2,6 @@
 
 use std::ops::Range;
 
-/// Most query rows of a block: a multiple of the heights of all register tiles.
-pub(super) const QUERY_ROWS: usize = 48;
-
 /// The blocks of a batch and what each row sees. Depends on the lengths alone.
 #[derive(Debug)]
 pub(super) struct Blocks {
@@ -15,19 +12,22 @@ pub(super) struct Blocks {
     /// Ranges into `blocks` that share no key: one long document, or several short ones that fill
     /// a single block together.
     pub(super) segments: Vec<Range<usize>>,
+    /// Most query rows of a block.
+    rows: usize,
     /// Of a tree, the first row after those that see each token; empty where documents stand apart.
     pub(super) ends: Vec<usize>,
 }
 
 impl Blocks {
-    /// Cuts documents with the cumulative lengths `docs`.
-    pub(super) fn new(docs: &[usize], window: Option<usize>) -> Self {
+    /// Cuts documents with the cumulative lengths `docs` into blocks of at most `rows` rows.
+    pub(super) fn new(docs: &[usize], window: Option<usize>, rows: usize) -> Self {
         let window = window.unwrap_or(usize::MAX);
         let tokens = docs.last().copied().unwrap_or(0);
         let mut cut = Self {
             first_seen: Vec::with_capacity(tokens),
             blocks: Vec::new(),
             segments: Vec::new(),
+            rows,
             ends: Vec::new(),
         };
         let mut short = 0..0;
@@ -35,7 +35,7 @@ impl Blocks {
             let (start, end) = (pair[0], pair[1]);
             cut.first_seen
                 .extend((start..end).map(|token| start.max((token + 1).saturating_sub(window))));
-            if end - short.start > QUERY_ROWS {
+            if end - short.start > rows {
                 cut.segment(short);
                 short = start..end;
             } else {
@@ -47,12 +47,12 @@ impl Blocks {
     }
 
     /// Cuts a tree in depth-first order: token t is seen by the rows from t to `ends[t]`.
-    pub(super) fn tree(ends: &[usize]) -> Self {
+    pub(super) fn tree(ends: &[usize], rows: usize) -> Self {
         let mut roots = vec![0];
         while let Some(end) = roots.last().and_then(|root| ends.get(*root)) {
             roots.push(*end);
         }
-        Self { ends: ends.to_vec(), ..Self::new(&roots, None) }
+        Self { ends: ends.to_vec(), ..Self::new(&roots, None, rows) }
     }
 
     /// Adds the documents of `tokens`, which is one document if it is longer than a block.
@@ -62,10 +62,7 @@ impl Blocks {
         }
         let first = self.blocks.len();
         self.blocks.extend(
-            tokens
-                .clone()
-                .step_by(QUERY_ROWS)
-                .map(|start| start..tokens.end.min(start + QUERY_ROWS)),
+            tokens.clone().step_by(self.rows).map(|start| start..tokens.end.min(start + self.rows)),
         );
         self.segments.push(first..self.blocks.len());
     }
@@ -82,7 +79,7 @@ mod tests {
 
     #[test]
     fn short_documents_share_a_block_and_long_ones_do_not() {
-        let cut = Blocks::new(&[0, 3, 10, 210, 210, 215, 310], None);
+        let cut = Blocks::new(&[0, 3, 10, 210, 210, 215, 310], None, 48);
         let long = [10..58, 58..106, 106..154, 154..202, 202..210];
         assert_eq!(cut.blocks[0], 0..10);
         assert_eq!(cut.blocks[1..6], long);
@@ -95,17 +92,17 @@ mod tests {
 
     #[test]
     fn trees_begin_anew_at_each_root() {
-        let cut = Blocks::tree(&[4, 2, 4, 4, 6, 6]);
+        let cut = Blocks::tree(&[4, 2, 4, 4, 6, 6], 48);
         assert_eq!(cut.first_seen, [0, 0, 0, 0, 4, 4]);
         assert_eq!(cut.blocks.len(), 1);
         assert_eq!(cut.blocks[0], 0..6);
-        assert!(Blocks::tree(&[]).blocks.is_empty());
+        assert!(Blocks::tree(&[], 48).blocks.is_empty());
     }
 
     #[test]
     fn a_window_moves_the_first_seen_token() {
-        let cut = Blocks::new(&[0, 4, 6], Some(2));
+        let cut = Blocks::new(&[0, 4, 6], Some(2), 48);
         assert_eq!(cut.first_seen, [0, 0, 1, 2, 4, 4]);
-        assert!(Blocks::new(&[0], None).blocks.is_empty());
+        assert!(Blocks::new(&[0], None, 48).blocks.is_empty());
     }
 }

@@ -6,7 +6,7 @@
 //! rows are skipped; cells masked inside a tile become probabilities of 0.
 
 use super::Dims;
-use super::blocks::{Blocks, QUERY_ROWS};
+use super::blocks::Blocks;
 use super::panels::{Head, TokenPanels, WidthPanels, fill};
 use super::tile::{Left, PANEL, Target, product};
 use crate::common::{Aligned, Shared, View, tensor, zeros};
@@ -15,6 +15,8 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
+/// Most query rows of a block: a multiple of the heights of all register tiles.
+pub(super) const QUERY_ROWS: usize = 48;
 /// Keys of a block: scores of QUERY_ROWS × KEYS stay in the first-level cache.
 const KEYS: usize = 128;
 /// Distance of two rows of scores: not a power of two, whose rows would share cache sets.
@@ -36,16 +38,43 @@ pub(super) fn forward(
     let (q, k, v) = (q.f32()?, k.f32()?, v.f32()?);
     let keys = TokenPanels::new(k, tokens, kv_heads, width);
     let values = WidthPanels::new(v, tokens, kv_heads, width);
-    let (mut o, mut lse) = (zeros(q.len()), zeros(heads * tokens));
+    let o_stride = width.next_multiple_of(PANEL);
+    each_block(dims, cut, Scratch::new(QUERY_ROWS, STRIDE, o_stride), |scratch, block, head| {
+        let kv_head = head / dims.group();
+        let q = Head::new(q, heads, head, width);
+        for range in block.key_blocks() {
+            block.times_keys(&mut scratch.scores, q, &keys, kv_head, &range);
+            for row in 0..block.len() {
+                let scores = &mut scratch.scores[row * STRIDE..][..range.len()];
+                block.part_branches(scores, row, &range);
+                let seen = block.keys_seen(row..row + 1, &range);
+                let seen = seen.start - range.start..seen.end - range.start;
+                let o = &mut scratch.o[row * o_stride..][..o_stride];
+                softmax_row(scores, seen, scale, &mut scratch.running[row], o);
+            }
+            block.times_values(&mut scratch.o, o_stride, &scratch.scores, &values, kv_head, &range);
+        }
+    })
+}
+
+/// Runs a forward: `run` takes a block of one head through the running softmax, from buffers such
+/// as `empty`. Returns o and the log-sum-exp.
+pub(super) fn each_block(
+    dims: Dims,
+    cut: &Blocks,
+    empty: Scratch,
+    run: impl Fn(&mut Scratch, &Block<'_>, usize) + Sync,
+) -> Result<(Tensor, Tensor)> {
+    let Dims { tokens, heads, width, .. } = dims;
+    let (mut o, mut lse) = (zeros(tokens * heads * width), zeros(heads * tokens));
     let (o_parts, lse_parts) = (Shared::new(&mut o), Shared::new(&mut lse));
     (0..cut.blocks.len() * heads).into_par_iter().for_each_init(
-        || ForwardScratch::new(width),
+        || empty.clone(),
         |scratch, task| {
-            let (block, head) = (&cut.blocks[task / heads], task % heads);
-            let block = Block::new(cut, block);
-            let kv_head = head / dims.group();
-            let q = Head::new(q, heads, head, width);
-            scratch.run(&block, q, &keys, &values, kv_head, scale);
+            let (block, head) = (Block::new(cut, &cut.blocks[task / heads]), task % heads);
+            scratch.o.fill(0.0);
+            scratch.running.fill((f32::NEG_INFINITY, 0.0));
+            run(scratch, &block, head);
             // Safety: each row of each head belongs to one task.
             let lse = unsafe { lse_parts.slice(head * tokens + block.rows.start, block.len()) };
             for (row, lse) in lse.iter_mut().enumerate() {
@@ -65,9 +94,9 @@ pub(super) fn forward(
 }
 
 /// A block of query rows.
-struct Block<'a> {
+pub(super) struct Block<'a> {
     /// Its tokens.
-    rows: Range<usize>,
+    pub(super) rows: Range<usize>,
     /// First token that each row sees.
     first_seen: &'a [usize],
     /// See [`Blocks::ends`].
@@ -75,18 +104,23 @@ struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    fn new(cut: &'a Blocks, rows: &Range<usize>) -> Self {
+    pub(super) fn new(cut: &'a Blocks, rows: &Range<usize>) -> Self {
         let first_seen = &cut.first_seen[rows.clone()];
         Self { rows: rows.clone(), first_seen, ends: &cut.ends }
     }
 
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.rows.len()
+    }
+
+    /// The first key that any row sees.
+    pub(super) fn first_key(&self) -> usize {
+        self.first_seen.first().copied().unwrap_or(0)
     }
 
     /// Blocks of keys that some row sees; each begins at a multiple of PANEL.
     fn key_blocks(&self) -> Vec<Range<usize>> {
-        let start = self.first_seen.first().map_or(0, |first| first / PANEL * PANEL);
+        let start = self.first_key() / PANEL * PANEL;
         let end = self.rows.end;
         if self.ends.is_empty() {
             let starts = (start..end).step_by(KEYS);
@@ -118,14 +152,14 @@ impl<'a> Block<'a> {
     }
 
     /// The rows that see any key of `keys`, counted from the start of the block.
-    fn rows_seeing(&self, keys: Range<usize>) -> Range<usize> {
+    pub(super) fn rows_seeing(&self, keys: Range<usize>) -> Range<usize> {
         let first = keys.start.max(self.rows.start) - self.rows.start;
         let end = self.first_seen.partition_point(|&seen| seen < keys.end);
         first.min(end)..end
     }
 
     /// The keys among `keys` that any of `rows` sees.
-    fn keys_seen(&self, rows: Range<usize>, keys: &Range<usize>) -> Range<usize> {
+    pub(super) fn keys_seen(&self, rows: Range<usize>, keys: &Range<usize>) -> Range<usize> {
         let start = self.first_seen[rows.start].max(keys.start);
         let end = (self.rows.start + rows.end).min(keys.end);
         start..end.max(start)
@@ -225,48 +259,27 @@ impl<'a> Block<'a> {
 }
 
 /// Buffers of one forward task.
-struct ForwardScratch {
-    scores: Aligned,
+#[derive(Clone)]
+pub(super) struct Scratch {
+    pub(super) scores: Aligned,
+    /// The scores rounded to pairs, where products are made of them.
+    pub(super) weights: Aligned,
     /// Σ exp(score − max)·v of each row so far.
-    o: Aligned,
+    pub(super) o: Aligned,
     o_stride: usize,
     /// (max, Σ exp(score − max)) of each row so far.
-    running: Vec<(f32, f32)>,
+    pub(super) running: Vec<(f32, f32)>,
 }
 
-impl ForwardScratch {
-    fn new(width: usize) -> Self {
-        let o_stride = width.next_multiple_of(PANEL);
+impl Scratch {
+    /// For `rows` rows of `stride` scores and of `o_stride` outputs.
+    pub(super) fn new(rows: usize, stride: usize, o_stride: usize) -> Self {
         Self {
-            scores: Aligned::zeros(QUERY_ROWS * STRIDE),
-            o: Aligned::zeros(QUERY_ROWS * o_stride),
+            scores: Aligned::zeros(rows * stride),
+            weights: Aligned::zeros(rows * stride / 2),
+            o: Aligned::zeros(rows * o_stride),
             o_stride,
-            running: vec![(f32::NEG_INFINITY, 0.0); QUERY_ROWS],
-        }
-    }
-
-    fn run(
-        &mut self,
-        block: &Block<'_>,
-        q: Head<'_>,
-        keys: &TokenPanels,
-        values: &WidthPanels,
-        kv_head: usize,
-        scale: f32,
-    ) {
-        self.o.fill(0.0);
-        self.running.fill((f32::NEG_INFINITY, 0.0));
-        for range in block.key_blocks() {
-            block.times_keys(&mut self.scores, q, keys, kv_head, &range);
-            for row in 0..block.len() {
-                let scores = &mut self.scores[row * STRIDE..][..range.len()];
-                block.part_branches(scores, row, &range);
-                let seen = block.keys_seen(row..row + 1, &range);
-                let seen = seen.start - range.start..seen.end - range.start;
-                let o = &mut self.o[row * self.o_stride..][..self.o_stride];
-                softmax_row(scores, seen, scale, &mut self.running[row], o);
-            }
-            block.times_values(&mut self.o, self.o_stride, &self.scores, values, kv_head, &range);
+            running: vec![(f32::NEG_INFINITY, 0.0); rows],
         }
     }
 }
@@ -285,39 +298,53 @@ pub(super) fn backward(
     scale: f32,
     window: Option<usize>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let Dims { tokens, heads, kv_heads, width } = dims;
+    let Dims { tokens, kv_heads, width, .. } = dims;
     let (grad, q, o) = (View::new(grad, "do")?, View::new(q, "q")?, View::new(o, "o")?);
     let (k, v, lse) = (View::new(k, "k")?, View::new(v, "v")?, View::new(lse, "lse")?);
     let (k, v) = (k.f32()?, v.f32()?);
-    let cut = Blocks::new(docs, window);
-    let shared = BackwardInputs {
-        dims,
-        cut: &cut,
-        scale,
-        grad: grad.f32()?,
-        q: q.f32()?,
-        o: o.f32()?,
-        lse: lse.f32()?,
+    let cut = Blocks::new(docs, window, QUERY_ROWS);
+    let all = Backward {
+        inputs: BackwardInputs {
+            dims,
+            cut: &cut,
+            scale,
+            grad: grad.f32()?,
+            q: q.f32()?,
+            o: o.f32()?,
+            lse: lse.f32()?,
+        },
         keys: TokenPanels::new(k, tokens, kv_heads, width),
         key_rows: WidthPanels::new(k, tokens, kv_heads, width),
         values: TokenPanels::new(v, tokens, kv_heads, width),
     };
+    each_head(dims, &cut, |segment, head, dq| all.head(segment, head, dq))
+}
+
+/// Runs a backward: `run` gives the gradients that a query head sends through a segment. It writes
+/// its own rows of dq, and returns its part of dk and dv [tokens of the segment, D or more].
+pub(super) fn each_head(
+    dims: Dims,
+    cut: &Blocks,
+    run: impl Fn(&Range<usize>, usize, Shared) -> (Aligned, Aligned) + Sync,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let Dims { tokens, heads, kv_heads, width } = dims;
     let mut dq = zeros(tokens * heads * width);
-    let (mut dk, mut dv) = (zeros(k.len()), zeros(v.len()));
+    let (mut dk, mut dv) = (zeros(tokens * kv_heads * width), zeros(tokens * kv_heads * width));
     let parts = (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
     (0..cut.segments.len() * kv_heads).into_par_iter().for_each(|task| {
         let (segment, kv_head) = (&cut.segments[task / kv_heads], task % kv_heads);
         let group = kv_head * dims.group()..(kv_head + 1) * dims.group();
         let sent: Vec<(Aligned, Aligned)> =
-            group.into_par_iter().map(|head| shared.head(segment, head, parts.0)).collect();
-        let stride = width.next_multiple_of(PANEL);
-        for (row, token) in cut.tokens(segment).enumerate() {
+            group.into_par_iter().map(|head| run(segment, head, parts.0)).collect();
+        let segment_tokens = cut.tokens(segment);
+        for (row, token) in segment_tokens.clone().enumerate() {
             let at = (token * kv_heads + kv_head) * width;
             // Safety: each row of each key head belongs to one task.
             let (dk, dv) = unsafe { (parts.1.slice(at, width), parts.2.slice(at, width)) };
             for (dk_head, dv_head) in &sent {
-                dk.iter_mut().zip(&dk_head[row * stride..]).for_each(|(sum, x)| *sum += x);
-                dv.iter_mut().zip(&dv_head[row * stride..]).for_each(|(sum, x)| *sum += x);
+                let at = row * (dk_head.len() / segment_tokens.len());
+                dk.iter_mut().zip(&dk_head[at..]).for_each(|(sum, x)| *sum += x);
+                dv.iter_mut().zip(&dv_head[at..]).for_each(|(sum, x)| *sum += x);
             }
         }
     });
@@ -325,27 +352,32 @@ pub(super) fn backward(
     Ok((tensor(dq, &[tokens, heads, width])?, tensor(dk, &kv_dims)?, tensor(dv, &kv_dims)?))
 }
 
-/// What all tasks of a backward read.
-struct BackwardInputs<'a> {
-    dims: Dims,
-    cut: &'a Blocks,
-    scale: f32,
-    grad: &'a [f32],
-    q: &'a [f32],
-    o: &'a [f32],
-    lse: &'a [f32],
+/// What all tasks of a backward read, on every path.
+pub(super) struct BackwardInputs<'a> {
+    pub(super) dims: Dims,
+    pub(super) cut: &'a Blocks,
+    pub(super) scale: f32,
+    pub(super) grad: &'a [f32],
+    pub(super) q: &'a [f32],
+    pub(super) o: &'a [f32],
+    pub(super) lse: &'a [f32],
+}
+
+/// That and the operands of the products here.
+struct Backward<'a> {
+    inputs: BackwardInputs<'a>,
     keys: TokenPanels,
     key_rows: WidthPanels,
     values: TokenPanels,
 }
 
-impl BackwardInputs<'_> {
-    /// The gradients that query head `head` sends through one segment: its own rows of `dq`, and
-    /// its part of dk and dv [tokens of the segment, D rounded up to PANEL].
+impl Backward<'_> {
+    /// See [`each_head`]; D is rounded up to PANEL.
     fn head(&self, segment: &Range<usize>, head: usize, dq_parts: Shared) -> (Aligned, Aligned) {
-        let Dims { tokens, heads, width, .. } = self.dims;
-        let kv_head = head / self.dims.group();
-        let segment_tokens = self.cut.tokens(segment);
+        let BackwardInputs { dims, cut, scale, .. } = self.inputs;
+        let Dims { tokens, heads, width, .. } = dims;
+        let kv_head = head / dims.group();
+        let segment_tokens = cut.tokens(segment);
         let stride = width.next_multiple_of(PANEL);
         let (mut dk, mut dv) = (
             Aligned::zeros(segment_tokens.len() * stride),
@@ -357,12 +389,12 @@ impl BackwardInputs<'_> {
         let (mut q_rows, mut grad_rows) =
             (Aligned::zeros(QUERY_ROWS * stride), Aligned::zeros(QUERY_ROWS * stride));
         let mut delta = zeros(QUERY_ROWS);
-        let q = Head::new(self.q, heads, head, width);
-        let o = Head::new(self.o, heads, head, width);
-        let grad = Head::new(self.grad, heads, head, width);
-        for rows in &self.cut.blocks[segment.clone()] {
-            let block = Block::new(self.cut, rows);
-            let lse = &self.lse[head * tokens..][..tokens][rows.clone()];
+        let q = Head::new(self.inputs.q, heads, head, width);
+        let o = Head::new(self.inputs.o, heads, head, width);
+        let grad = Head::new(self.inputs.grad, heads, head, width);
+        for rows in &cut.blocks[segment.clone()] {
+            let block = Block::new(cut, rows);
+            let lse = &self.inputs.lse[head * tokens..][..tokens][rows.clone()];
             for (row, delta) in delta[..block.len()].iter_mut().enumerate() {
                 *delta = dot_rows(grad.row(rows.start + row), o.row(rows.start + row));
             }
@@ -380,7 +412,7 @@ impl BackwardInputs<'_> {
                     let seen = seen.start - range.start..seen.end - range.start;
                     let cells = row * STRIDE..row * STRIDE + range.len();
                     let (p, ds) = (&mut p[cells.clone()], &mut ds[cells]);
-                    score_gradient_row(p, ds, seen, self.scale, lse[row], delta[row]);
+                    score_gradient_row(p, ds, seen, scale, lse[row], delta[row]);
                 }
                 let first = segment_tokens.start;
                 block.transposed_times_rows(&mut dv, stride, first, &p, &grad_rows, &range);
@@ -399,13 +431,13 @@ impl BackwardInputs<'_> {
 }
 
 dispatch! {
-    fn softmax_row(
+    pub(super) fn softmax_row(
         scores: &mut [f32], seen: Range<usize>, scale: f32, running: &mut (f32, f32), o: &mut [f32],
     ) = softmax_row_body;
-    fn score_gradient_row(
+    pub(super) fn score_gradient_row(
         p: &mut [f32], ds: &mut [f32], seen: Range<usize>, scale: f32, lse: f32, delta: f32,
     ) = score_gradient_row_body;
-    fn dot_rows(a: &[f32], b: &[f32]) -> f32 = dot;
+    pub(super) fn dot_rows(a: &[f32], b: &[f32]) -> f32 = dot;
 }
 
 /// Takes one row of raw scores into the running softmax: the scores in `seen` become

@@ -7,6 +7,8 @@
 
 mod blocks;
 mod fused;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod pairs;
 mod panels;
 pub mod reference;
 #[cfg(test)]
@@ -16,12 +18,32 @@ mod tile;
 use self::blocks::Blocks;
 use crate::common::{all_cpu_f32, check_docs, dims3, expect_shape};
 use crate::profile::{Category, span};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
+
+/// What a token sees of a batch, and how it is multiplied.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting<'a> {
+    /// Cumulative lengths of the documents.
+    pub docs: &'a [usize],
+    /// Factor of the scores.
+    pub scale: f32,
+    /// With w a token sees itself and the w − 1 before it.
+    pub window: Option<usize>,
+    /// `bf16`: where the processor has AMX, the operands of products are rounded to `bf16` and the
+    /// sums are `f32`. Elsewhere, and with anything else, they are taken as they stand.
+    pub operands: DType,
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+impl Setting<'_> {
+    fn in_pairs(&self, dims: Dims) -> bool {
+        self.operands == DType::BF16 && pairs::usable(dims.width)
+    }
+}
 
 /// Attention output o [N, Hq, D] and the log-sum-exp of the scaled scores, lse [Hq, N] (f32).
 ///
-/// `q` [N, Hq, D], `k` and `v` [N, Hkv, D]; `docs` are the cumulative lengths of the documents.
-/// With `window` w a token sees itself and the w − 1 before it.
+/// `q` [N, Hq, D], `k` and `v` [N, Hkv, D].
 ///
 /// # Errors
 /// If the shapes do not fit, `docs` does not run from 0 to N, or the window is 0.
@@ -29,17 +51,19 @@ pub fn forward(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    docs: &[usize],
-    scale: f32,
-    window: Option<usize>,
+    setting: &Setting<'_>,
 ) -> Result<(Tensor, Tensor)> {
     let _span = span(Category::Attention);
+    let Setting { docs, scale, window, .. } = *setting;
     let dims = Dims::check(q, k, v, docs, window)?;
-    if all_cpu_f32(&[q, k, v]) {
-        fused::forward(dims, q, k, v, &Blocks::new(docs, window), scale)
-    } else {
-        reference::forward(q, k, v, docs, scale, window)
+    if !all_cpu_f32(&[q, k, v]) {
+        return reference::forward(q, k, v, docs, scale, window);
     }
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if setting.in_pairs(dims) {
+        return pairs::forward(dims, q, k, v, docs, scale, window);
+    }
+    fused::forward(dims, q, k, v, &Blocks::new(docs, window, fused::QUERY_ROWS), scale)
 }
 
 /// [`forward`] over a tree of documents that share their beginnings, each of which stands once. The
@@ -64,7 +88,7 @@ pub fn forward_tree(
         }
     }
     if all_cpu_f32(&[q, k, v]) {
-        fused::forward(dims, q, k, v, &Blocks::tree(ends), scale)
+        fused::forward(dims, q, k, v, &Blocks::tree(ends, fused::QUERY_ROWS), scale)
     } else {
         reference::forward_tree(q, k, v, ends, scale)
     }
@@ -75,7 +99,6 @@ pub fn forward_tree(
 ///
 /// # Errors
 /// As [`forward`].
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     grad: &Tensor,
     q: &Tensor,
@@ -83,20 +106,22 @@ pub fn backward(
     v: &Tensor,
     o: &Tensor,
     lse: &Tensor,
-    docs: &[usize],
-    scale: f32,
-    window: Option<usize>,
+    setting: &Setting<'_>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let _span = span(Category::Attention);
+    let Setting { docs, scale, window, .. } = *setting;
     let dims = Dims::check(q, k, v, docs, window)?;
     expect_shape(grad, "do", q.dims())?;
     expect_shape(o, "o", q.dims())?;
     expect_shape(lse, "lse", &[dims.heads, dims.tokens])?;
-    if all_cpu_f32(&[grad, q, k, v, o, lse]) {
-        fused::backward(dims, grad, q, k, v, o, lse, docs, scale, window)
-    } else {
-        reference::backward(grad, q, k, v, o, lse, docs, scale, window)
+    if !all_cpu_f32(&[grad, q, k, v, o, lse]) {
+        return reference::backward(grad, q, k, v, o, lse, docs, scale, window);
     }
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if setting.in_pairs(dims) {
+        return pairs::backward(dims, grad, q, k, v, o, lse, docs, scale, window);
+    }
+    fused::backward(dims, grad, q, k, v, o, lse, docs, scale, window)
 }
 
 /// The dimensions of one attention.

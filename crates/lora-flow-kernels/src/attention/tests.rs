@@ -9,6 +9,7 @@ struct Case {
     kv_heads: usize,
     width: usize,
     window: Option<usize>,
+    operands: DType,
 }
 
 impl Case {
@@ -17,11 +18,16 @@ impl Case {
         for length in lengths {
             docs.push(docs[docs.len() - 1] + length);
         }
-        Self { docs, heads, kv_heads, width, window: None }
+        Self { docs, heads, kv_heads, width, window: None, operands: DType::F32 }
     }
 
     fn window(self, window: usize) -> Self {
         Self { window: Some(window), ..self }
+    }
+
+    fn setting(&self) -> Setting<'_> {
+        let Self { docs, window, operands, .. } = self;
+        Setting { docs, scale: self.scale(), window: *window, operands: *operands }
     }
 
     fn tokens(&self) -> usize {
@@ -48,9 +54,8 @@ impl Case {
 
     /// o, lse, dq, dk, dv.
     fn run(&self, [q, k, v, grad]: &[Tensor; 4]) -> Result<[Tensor; 5]> {
-        let (docs, scale, window) = (&self.docs, self.scale(), self.window);
-        let (o, lse) = forward(q, k, v, docs, scale, window)?;
-        let (dq, dk, dv) = backward(grad, q, k, v, &o, &lse, docs, scale, window)?;
+        let (o, lse) = forward(q, k, v, &self.setting())?;
+        let (dq, dk, dv) = backward(grad, q, k, v, &o, &lse, &self.setting())?;
         Ok([o, lse, dq, dk, dv])
     }
 }
@@ -85,6 +90,39 @@ fn fused_equals_reference() -> Result<()> {
     Ok(())
 }
 
+/// With operands in bf16. Where the processor has no AMX they are taken as they stand, and the
+/// difference is that of the inputs, which are rounded here.
+#[test]
+fn pairs_are_close_to_the_reference_of_rounded_inputs() -> Result<()> {
+    let cases = [
+        Case::new(&[1], 1, 1, 32),
+        Case::new(&[1, 1, 1, 2], 3, 1, 64),
+        Case::new(&[5, 0, 17, 1, 30], 2, 2, 64),
+        Case::new(&[96, 97, 48, 49, 1], 3, 1, 32),
+        Case::new(&[300, 3, 4, 191], 3, 3, 64),
+        Case::new(&[13, 131, 63, 65, 127, 129], 6, 2, 96),
+        Case::new(&[40; 9], 2, 1, 128),
+        Case::new(&[700, 333], 4, 2, 64),
+        Case::new(&[600, 20], 2, 1, 32).window(7),
+        Case::new(&[10, 400, 6], 2, 2, 64).window(130),
+    ];
+    for mut case in cases {
+        let rounded = |x: &Tensor| x.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+        let inputs = case.inputs();
+        let inputs = [0, 1, 2, 3].map(|i| rounded(&inputs[i]).unwrap());
+        let inputs64 = [0, 1, 2, 3].map(|i| f64s(&inputs[i]).unwrap());
+        let want = case.run(&inputs64)?;
+        case.operands = DType::BF16;
+        let got = case.run(&inputs)?;
+        for (got, (want, close)) in got.iter().zip(want.iter().zip([4e-3, 1e-5, 1e-2, 1e-2, 4e-3]))
+        {
+            assert_close(got, want, close);
+        }
+        same_bits(|| Ok(case.run(&inputs)?.to_vec()))?;
+    }
+    Ok(())
+}
+
 #[test]
 fn reference_by_finite_differences() -> Result<()> {
     for case in [Case::new(&[3, 1, 4], 4, 2, 3), Case::new(&[6], 2, 1, 2).window(3)] {
@@ -92,7 +130,7 @@ fn reference_by_finite_differences() -> Result<()> {
         let [q, k, v, grad] = &inputs;
         let [_, _, dq, dk, dv] = case.run(&inputs)?;
         let loss = |q: &Tensor, k: &Tensor, v: &Tensor| {
-            weighted_sum(&forward(q, k, v, &case.docs, case.scale(), case.window)?.0, grad)
+            weighted_sum(&forward(q, k, v, &case.setting())?.0, grad)
         };
         check_gradient(q, &dq, |q| loss(q, k, v))?;
         check_gradient(k, &dk, |k| loss(q, k, v))?;
@@ -164,9 +202,8 @@ fn a_tree_gives_each_row_what_its_path_alone_gives() -> Result<()> {
             let path: Vec<u32> = paths[row].iter().map(|r| *r as u32).collect();
             let index = Tensor::new(path.as_slice(), q.device())?;
             let along = |x: &Tensor| x.index_select(&index, 0);
-            let docs = [0, path.len()];
-            let (alone, _) =
-                forward(&along(&q)?, &along(&k)?, &along(&v)?, &docs, case.scale(), None)?;
+            let alone = Case::new(&[path.len()], 4, 2, 16);
+            let (alone, _) = forward(&along(&q)?, &along(&k)?, &along(&v)?, &alone.setting())?;
             assert_close(&o.narrow(0, row, 1)?, &alone.narrow(0, path.len() - 1, 1)?, 1e-5);
         }
         same_bits(|| Ok(vec![forward_tree(&q, &k, &v, &ends, case.scale())?.0]))?;
@@ -189,7 +226,8 @@ fn errors_name_the_argument() {
     let case = Case::new(&[4], 2, 1, 16);
     let [q, k, v, _] = case.inputs();
     let error = |docs: &[usize], k: &Tensor, window| {
-        forward(&q, k, &v, docs, 1.0, window).unwrap_err().to_string()
+        let setting = Setting { docs, scale: 1.0, window, operands: DType::F32 };
+        forward(&q, k, &v, &setting).unwrap_err().to_string()
     };
     assert!(error(&[0, 3], &k, None).contains("`docs` must run from 0 to the 4 tokens"));
     assert!(error(&[0, 3, 2, 4], &k, None).contains("`docs` must not fall, 3 comes before 2"));

@@ -7,12 +7,14 @@
 //! zeros, and rows that are too many are made in a buffer.
 
 /// Pairs that one instruction takes from a row, and rows of a tile.
-pub(super) const STEP: usize = 16;
+pub(crate) const STEP: usize = 16;
 /// Rows of a tile.
-pub(super) const HEIGHT: usize = 16;
+pub(crate) const HEIGHT: usize = 16;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(super) use x86::{amx, available};
+pub(super) use x86::amx;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use x86::{available, panels};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod x86 {
@@ -26,7 +28,7 @@ mod x86 {
     const WIDTH: usize = 32;
 
     /// True if the processor has AMX for `bf16` and the system lets this process use it.
-    pub(in super::super) fn available() -> bool {
+    pub(crate) fn available() -> bool {
         static AVAILABLE: LazyLock<bool> = LazyLock::new(ask);
         *AVAILABLE
     }
@@ -87,11 +89,31 @@ mod x86 {
     /// Rows of C = A·B or C += A·B for a panel of 32 columns. `raw.depth` is a multiple of
     /// [`STEP`], `raw.column` 1; the left operand has rows up to the next multiple of [`HEIGHT`].
     pub(in super::super) unsafe fn amx(raw: Raw, rows: usize) {
+        // Safety: by the caller.
+        unsafe { panels(raw, rows, 1, 0) }
+    }
+
+    /// The same for `count` panels, each `size` floats after the one before and for the next 32
+    /// columns of C.
+    pub(crate) unsafe fn panels(raw: Raw, rows: usize, count: usize, size: usize) {
         debug_assert!(raw.depth.is_multiple_of(STEP) && raw.column == 1);
-        let (mut raw, mut rows) = (raw, rows);
         // Safety: by the caller; the tiles are configured here and left empty.
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &CONFIG, options(nostack, readonly));
+            for panel in 0..count {
+                let (c, b) = (raw.c.add(panel * WIDTH), raw.b.add(panel * size));
+                all_rows(Raw { c, b, ..raw }, rows);
+            }
+            asm!("tilerelease", options(nomem, nostack));
+        }
+    }
+
+    /// One panel, the tiles being configured.
+    #[inline(always)]
+    unsafe fn all_rows(raw: Raw, rows: usize) {
+        let (mut raw, mut rows) = (raw, rows);
+        // Safety: by the caller.
+        unsafe {
             while rows >= 2 * HEIGHT {
                 two(raw);
                 rows -= 2 * HEIGHT;
@@ -120,7 +142,6 @@ mod x86 {
                     c.copy_from_nonoverlapping(buffer[row * WIDTH..].as_ptr(), WIDTH);
                 }
             }
-            asm!("tilerelease", options(nomem, nostack));
         }
     }
 

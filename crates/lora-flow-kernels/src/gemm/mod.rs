@@ -13,10 +13,14 @@
 //! for any number of threads.
 
 #[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
-mod amx;
+pub(crate) mod amx;
 mod pack;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use pack::pair_row;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use pack::weave;
 
 use crate::common::Aligned;
 use crate::simd::{Level, Raw, level, rows_in_tiles};

@@ -28,7 +28,10 @@ dispatch! {
     pub(super) fn pairs_bf16(out: &mut [f32], b: Mat<'_, bf16>, place: Place) = pairs_bf16_body;
     /// Numbers rounded to `bf16`.
     pub(super) fn round_row(out: &mut [f32], values: &[f32]) = round_row_body;
-    fn pair_row(out: &mut [f32], values: &[f32]) = pair_row_body;
+    /// A row in pairs along it, filled up with zeros.
+    pub(crate) fn pair_row(out: &mut [f32], values: &[f32]) = pair_row_body;
+    /// Two rows in pairs across them.
+    pub(crate) fn weave(out: &mut [f32], low: &[f32], high: &[f32]) = weave_body;
 }
 
 #[inline(always)]
@@ -276,4 +279,11 @@ fn pair_row_body<M: Isa>(out: &mut [f32], values: &[f32]) {
     let (out, filling) = out.split_at_mut(values.len());
     filling.fill(0);
     out.iter_mut().zip(values).for_each(|(out, &x)| *out = rounded_bits(x));
+}
+
+#[inline(always)]
+fn weave_body<M: Isa>(out: &mut [f32], low: &[f32], high: &[f32]) {
+    for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
+        *out = join(rounded_bits(low), rounded_bits(high));
+    }
 }
