@@ -7,8 +7,9 @@
 //! - **Fused path**: contiguous `f32` tensors on the CPU. Work is split over rows, heads or blocks
 //!   by the shape alone and every sum has a fixed order, so the bits of a result do not depend on
 //!   the number of rayon threads. They may differ between machines with other vector units.
-//!   A frozen weight may be `bf16`: then the operands of its products are rounded to `bf16` as they
-//!   enter, and the sums are `f32` ([`linear`], [`loss`]).
+//!   A frozen weight may be `bf16`: then the operands of its products, and those of attention, are
+//!   rounded to `bf16` as they enter where the processor multiplies such numbers, and the sums are
+//!   `f32` ([`linear`], [`loss`], [`attention`]).
 //! - **Reference path**: everything else (`bf16`, `f16`, `f64`, other devices). It computes in
 //!   `f32` (`f64` for `f64` inputs) and rounds its results to the dtype of the inputs.
 //!
@@ -22,6 +23,7 @@ pub mod attention;
 pub mod cuda;
 pub mod elementwise;
 pub mod embedding;
+pub mod isa;
 pub mod linear;
 pub mod loss;
 pub mod loss_head;

@@ -19,6 +19,7 @@ pub(crate) use x86::{available, panels};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod x86 {
     use super::{HEIGHT, STEP};
+    use crate::isa::{InstructionSet, allowed};
     use crate::simd::{Raw, has_bf16_pairs};
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
@@ -43,7 +44,7 @@ mod x86 {
         const ARCH_PRCTL: isize = 158;
         const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
         const XTILEDATA: usize = 18;
-        if !has_bf16_pairs() || __cpuid(0).eax < 7 {
+        if !has_bf16_pairs() || !allowed(InstructionSet::Amx) || __cpuid(0).eax < 7 {
             return false;
         }
         // AVX-512 is in use, so the system has switched XSAVE on.

@@ -7,7 +7,8 @@
 //! a linear layer, the gradients that q, k and v send to their input) costs no pass over C.
 //!
 //! With [`Inputs::Bf16`] both operands of a term are rounded to `bf16` and multiplied with `f32`
-//! sums: by AMX where the processor has it ([`amx`]), else by AVX512_BF16, else by widened numbers.
+//! sums: by AMX where the processor has it ([`amx`]), else by AVX512_BF16. A processor with neither
+//! takes them as they stand.
 //!
 //! Each element of C is a sum in an order that the depths alone decide, so results keep their bits
 //! for any number of threads.
@@ -18,12 +19,12 @@ mod pack;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use pack::pair_row;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use pack::weave;
+pub(crate) use pack::{pair_row, weave};
 
 use crate::common::Aligned;
 use crate::simd::{Level, Raw, level, rows_in_tiles};
+use candle_core::DType;
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -98,14 +99,23 @@ impl<'a> Right<'a> {
 pub(crate) enum Inputs {
     /// As they stand.
     F32,
-    /// Rounded to `bf16`.
+    /// Rounded to `bf16` where the processor multiplies such numbers, else as they stand.
     Bf16,
+}
+
+impl Inputs {
+    /// For products with a weight of this dtype. Rounding pays where it halves the work; without an
+    /// instruction for it the operands would only lose precision, and time.
+    pub(crate) fn over(weight: DType) -> Self {
+        let pays = weight == DType::BF16 && Kernels::best().pairs.is_some();
+        if pays { Self::Bf16 } else { Self::F32 }
+    }
 }
 
 /// A left operand, which several products may share.
 pub(crate) struct Left<'a> {
     mat: Mat<'a>,
-    /// Its numbers rounded to `bf16`: pairs where the processor multiplies pairs.
+    /// Its numbers rounded to `bf16`, in pairs.
     rounded: Option<Scratch>,
     kernels: Kernels,
 }
@@ -117,8 +127,7 @@ impl<'a> Left<'a> {
 
     fn for_kernels(mat: Mat<'a>, inputs: Inputs, kernels: Kernels) -> Self {
         let rounded = match (inputs, kernels.pairs) {
-            (Inputs::F32, _) => None,
-            (Inputs::Bf16, None) => Some(pack::rounded(mat)),
+            (Inputs::F32, _) | (Inputs::Bf16, None) => None,
             (Inputs::Bf16, Some(pairs)) => Some(pack::rounded_pairs(mat, pairs.step, pairs.height)),
         };
         Self { mat, rounded, kernels }
@@ -351,8 +360,7 @@ unsafe fn run(c: C, mode: Into, terms: &[Term<'_>]) {
                     let pairs = |depth: usize| depth.div_ceil(2).next_multiple_of(unit);
                     (&a[start / 2..], pairs(depth), 1, pairs(end - start))
                 }
-                (Some(a), None) => (&a[start..], depth, 1, end - start),
-                (None, _) => {
+                _ => {
                     (&a.data[start * a.column_stride..], a.row_stride, a.column_stride, end - start)
                 }
             };
@@ -467,7 +475,6 @@ impl Sum<'_> {
     fn pack(&self, block: &Block<'_>, panel: usize, out: &mut [f32]) {
         let columns = panel * self.width..self.n.min((panel + 1) * self.width);
         let term = block.term;
-        let rounded = term.a.rounded.is_some();
         let place = pack::Place { depth: block.start..block.end, columns, width: self.width };
         let used = if block.pairs { place.depth.len().div_ceil(2) } else { place.depth.len() };
         let (out, filling) = out.split_at_mut(used * self.width);
@@ -475,7 +482,6 @@ impl Sum<'_> {
         match (term.b, block.pairs) {
             (Right::F32(b), true) => pack::pairs_f32(out, b, place),
             (Right::Bf16(b), true) => pack::pairs_bf16(out, b, place),
-            (Right::F32(b), false) if rounded => pack::panel_rounded(out, b, place),
             (Right::F32(b), false) => pack::panel_f32(out, b, place),
             (Right::Bf16(b), false) => pack::panel_bf16(out, b, place),
         }

@@ -18,8 +18,6 @@ pub(super) struct Place {
 dispatch! {
     /// A panel of numbers as they stand.
     pub(super) fn panel_f32(out: &mut [f32], b: Mat<'_>, place: Place) = panel_f32_body;
-    /// A panel of numbers rounded to `bf16`.
-    pub(super) fn panel_rounded(out: &mut [f32], b: Mat<'_>, place: Place) = panel_rounded_body;
     /// A panel of widened numbers.
     pub(super) fn panel_bf16(out: &mut [f32], b: Mat<'_, bf16>, place: Place) = panel_bf16_body;
     /// A panel whose rows are pairs of numbers in `bf16`, each pair in the 4 bytes of a float.
@@ -31,17 +29,13 @@ dispatch! {
     /// A row in pairs along it, filled up with zeros.
     pub(crate) fn pair_row(out: &mut [f32], values: &[f32]) = pair_row_body;
     /// Two rows in pairs across them.
+    #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code))]
     pub(crate) fn weave(out: &mut [f32], low: &[f32], high: &[f32]) = weave_body;
 }
 
 #[inline(always)]
 fn panel_f32_body<M: Isa>(out: &mut [f32], b: Mat<'_>, place: Place) {
     panel::<M, f32>(out, b, place, |x| x);
-}
-
-#[inline(always)]
-fn panel_rounded_body<M: Isa>(out: &mut [f32], b: Mat<'_>, place: Place) {
-    panel::<M, f32>(out, b, place, |x| widened(rounded_bits(x)));
 }
 
 #[inline(always)]
@@ -227,11 +221,6 @@ fn widened(bits: u16) -> f32 {
 /// Rows per parallel task of the rounding.
 const ROWS: usize = 16;
 
-/// A left operand rounded to `bf16`, in floats, row-major.
-pub(super) fn rounded(a: Mat<'_>) -> Scratch {
-    each_row(a, a.columns, 1, round_row)
-}
-
 /// A left operand rounded to `bf16`, in pairs along its rows, row-major. Rows are filled up with
 /// zeros to a multiple of `step` pairs; their number is brought to a multiple of `height`.
 pub(super) fn rounded_pairs(a: Mat<'_>, step: usize, height: usize) -> Scratch {
@@ -282,6 +271,7 @@ fn pair_row_body<M: Isa>(out: &mut [f32], values: &[f32]) {
 }
 
 #[inline(always)]
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code))]
 fn weave_body<M: Isa>(out: &mut [f32], low: &[f32], high: &[f32]) {
     for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
         *out = join(rounded_bits(low), rounded_bits(high));

@@ -424,7 +424,7 @@ fn scaled(b: &Tensor, s: f32) -> Result<Vec<f32>> {
 
 /// What the operands of products with `w` are.
 fn inputs(w: &Tensor) -> Inputs {
-    if w.dtype() == DType::BF16 { Inputs::Bf16 } else { Inputs::F32 }
+    Inputs::over(w.dtype())
 }
 
 /// True if all of `tensors` are f32 on the CPU and `w` is f32 or bf16 there.

@@ -12,6 +12,9 @@ pub(crate) use math::{dot, dot_bf16, dot3, exp, max, sigmoid, sum};
 pub(crate) use tile::{Raw, rows_in_tiles, tile};
 pub(crate) use vector::Vector;
 
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{InstructionSet, allowed};
+
 /// An instruction set that bodies are compiled for.
 pub(crate) trait Isa: Copy {
     /// Its vector register.
@@ -97,11 +100,13 @@ impl Isa for Avx512Bf16 {
     }
 }
 
-/// Whether this processor multiplies pairs of `bf16` numbers.
+/// Whether this processor multiplies pairs of `bf16` numbers, and may.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(crate) fn has_bf16_pairs() -> bool {
-    level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16")
+    level() == Level::Avx512
+        && is_x86_feature_detected!("avx512bf16")
+        && allowed(InstructionSet::Avx512Bf16)
 }
 
 /// The instruction sets by name, for the choice at run time.
@@ -117,7 +122,7 @@ pub(crate) enum Level {
     Avx512,
 }
 
-/// The widest level of this processor. The standard library caches the answer.
+/// The widest level of this processor that is allowed. All that is asked is cached.
 #[inline]
 pub(crate) fn level() -> Level {
     #[cfg(target_arch = "x86_64")]
@@ -126,10 +131,14 @@ pub(crate) fn level() -> Level {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512bw")
+            && allowed(InstructionSet::Avx512)
         {
             return Level::Avx512;
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && allowed(InstructionSet::Avx2)
+        {
             return Level::Avx2;
         }
     }

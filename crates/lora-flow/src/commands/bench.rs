@@ -59,7 +59,8 @@ pub fn bench(command: &BenchCommand) -> Result<i32, Failure> {
     };
     // The peak comes first: the ceiling is measured on buffers of its own.
     let peak = peak_rss_bytes();
-    let ceiling = gemm_ceiling(&decoder, batch.len()).context("cannot measure the products")?;
+    let ceiling =
+        gemm_ceiling(&decoder, dtype, batch.len()).context("cannot measure the products")?;
     report(args, command, &batch, &timed, peak, ceiling)?;
     Ok(0)
 }
@@ -192,18 +193,20 @@ struct Ceiling {
     weights: f64,
 }
 
-fn gemm_ceiling(decoder: &Decoder, tokens: usize) -> candle_core::Result<Ceiling> {
+/// `dtype` is that of the weights.
+fn gemm_ceiling(decoder: &Decoder, dtype: DType, tokens: usize) -> candle_core::Result<Ceiling> {
     let config = decoder.config();
     let modules = decoder.linear_modules();
     let head = config.vocab_size * config.hidden_size;
     let weights = modules.iter().map(|m| m.in_features * m.out_features).sum::<usize>() + head;
     let layer = &modules[..modules.len() / config.num_hidden_layers.max(1)];
     let rows = tokens.min(1024);
-    let ones = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, decoder.device());
+    let ones = |shape: (usize, usize), dtype| Tensor::ones(shape, dtype, decoder.device());
     let (mut seconds, mut operations) = (0.0, 0.0);
     for module in layer {
         let (inputs, outputs) = (module.in_features, module.out_features);
-        let (x, w, dy) = (ones((rows, inputs))?, ones((outputs, inputs))?, ones((rows, outputs))?);
+        let (x, dy) = (ones((rows, inputs), DType::F32)?, ones((rows, outputs), DType::F32)?);
+        let w = ones((outputs, inputs), dtype)?;
         for timed in [false, true, true, true] {
             let (wall, cpu) = (Instant::now(), cpu_seconds());
             linear::matmul_nt(&x, &w)?;

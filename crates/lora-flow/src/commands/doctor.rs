@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use lora_flow_kernels::isa;
+
 use crate::table::bytes;
 use crate::ui::Failure;
 
@@ -13,7 +15,11 @@ pub fn doctor() -> Result<i32, Failure> {
         std::env::consts::OS
     );
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("cpu        {cpus} threads, {}", cpu_features());
+    let limit = match std::env::var_os(isa::VARIABLE) {
+        Some(_) => format!(" (limited by {})", isa::VARIABLE),
+        None => String::new(),
+    };
+    println!("cpu        {cpus} threads, kernels for {}{limit}", isa::in_use().name());
     match memory_total() {
         Some(n) => println!("memory     {}", bytes(n)),
         None => println!("memory     unknown"),
@@ -73,22 +79,6 @@ fn cuda() {
         None => "needs nvcc of a CUDA toolkit, 12.0 or newer, which is not found",
     };
     println!("cuda       not built in: `cargo build --release --features cuda` ({toolkit})");
-}
-
-fn cpu_features() -> String {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let mut found = Vec::new();
-        macro_rules! probe {
-            ($($name:tt),*) => { $(if std::arch::is_x86_feature_detected!($name) { found.push($name); })* };
-        }
-        probe!("avx2", "fma", "avx512f", "avx512bf16");
-        found.join(" ")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        std::env::consts::ARCH.to_owned()
-    }
 }
 
 fn memory_total() -> Option<u64> {

@@ -27,6 +27,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use lora_flow_core::{Artifact, Error};
+use lora_flow_kernels::isa;
 use lora_flow_pipeline::{CompileOptions, Engine, Plan, Remote, compile};
 use lora_flow_remote::{Bucket, Patience};
 use serde_json::Value;
@@ -41,6 +42,10 @@ use crate::ui::{self, Failure};
 
 /// Runs the command and gives the exit code.
 pub fn dispatch(args: Args) -> Result<i32, Failure> {
+    isa::limit().map_err(|e| {
+        let hint = "unset it to use all that the processor has (`lora-flow doctor` says what)";
+        Failure::Usage(Error::new(e).with_hint(hint))
+    })?;
     match args.command {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::plan(&args),
