@@ -174,3 +174,22 @@ fn a_log_is_followed_until_the_run_ends() {
     assert_eq!(followed, whole);
     project.expect(2, &["logs", "-f", "latest", "trian"]);
 }
+
+#[test]
+fn instruction_sets_are_limited_by_a_known_name() {
+    let project = Project::new();
+    let doctor = |set: &str| {
+        let mut command = project.command(&["doctor"]);
+        command.env("LORA_FLOW_MAX_ISA", set).output().unwrap()
+    };
+    let limited = doctor("baseline");
+    let text = String::from_utf8(limited.stdout).unwrap();
+    assert!(text.contains("kernels for baseline (limited by LORA_FLOW_MAX_ISA)"), "{text}");
+    let unknown = doctor("avx3");
+    let text = String::from_utf8(unknown.stderr).unwrap();
+    assert_eq!(unknown.status.code(), Some(2), "{text}");
+    assert!(
+        text.contains("`LORA_FLOW_MAX_ISA` is \"avx3\"") && text.contains("avx512_bf16"),
+        "{text}"
+    );
+}
