@@ -47,8 +47,7 @@ pub(super) fn forward(
             for row in 0..block.len() {
                 let scores = &mut scratch.scores[row * STRIDE..][..range.len()];
                 block.part_branches(scores, row, &range);
-                let seen = block.keys_seen(row..row + 1, &range);
-                let seen = seen.start - range.start..seen.end - range.start;
+                let seen = block.seen_by(row, &range);
                 let o = &mut scratch.o[row * o_stride..][..o_stride];
                 softmax_row(scores, seen, scale, &mut scratch.running[row], o);
             }
@@ -159,10 +158,16 @@ impl<'a> Block<'a> {
     }
 
     /// The keys among `keys` that any of `rows` sees.
-    pub(super) fn keys_seen(&self, rows: Range<usize>, keys: &Range<usize>) -> Range<usize> {
+    fn keys_seen(&self, rows: Range<usize>, keys: &Range<usize>) -> Range<usize> {
         let start = self.first_seen[rows.start].max(keys.start);
         let end = (self.rows.start + rows.end).min(keys.end);
         start..end.max(start)
+    }
+
+    /// What one row sees among `keys`, counted from their start.
+    pub(super) fn seen_by(&self, row: usize, keys: &Range<usize>) -> Range<usize> {
+        let seen = self.keys_seen(row..row + 1, keys);
+        seen.start - keys.start..seen.end - keys.start
     }
 
     /// Groups of rows for products.
@@ -364,6 +369,35 @@ pub(super) struct BackwardInputs<'a> {
     pub(super) lse: &'a [f32],
 }
 
+impl BackwardInputs<'_> {
+    /// δ of some rows of a head: do · o (Dao et al. 2022, appendix B).
+    pub(super) fn deltas(&self, delta: &mut [f32], rows: &Range<usize>, head: usize) {
+        let Dims { heads, width, .. } = self.dims;
+        let grad = Head::new(self.grad, heads, head, width);
+        let o = Head::new(self.o, heads, head, width);
+        for (row, delta) in rows.clone().zip(delta) {
+            *delta = dot_rows(grad.row(row), o.row(row));
+        }
+    }
+
+    /// Writes the finished `dq` [rows, `stride`] of a head into its place.
+    pub(super) fn hand_over(
+        &self,
+        dq_parts: Shared,
+        rows: &Range<usize>,
+        head: usize,
+        dq: &[f32],
+        stride: usize,
+    ) {
+        let Dims { heads, width, .. } = self.dims;
+        for (row, token) in rows.clone().enumerate() {
+            // Safety: each row of each query head belongs to one task.
+            let out = unsafe { dq_parts.slice((token * heads + head) * width, width) };
+            out.copy_from_slice(&dq[row * stride..][..width]);
+        }
+    }
+}
+
 /// That and the operands of the products here.
 struct Backward<'a> {
     inputs: BackwardInputs<'a>,
@@ -391,14 +425,11 @@ impl Backward<'_> {
             (Aligned::zeros(QUERY_ROWS * stride), Aligned::zeros(QUERY_ROWS * stride));
         let mut delta = zeros(QUERY_ROWS);
         let q = Head::new(self.inputs.q, heads, head, width);
-        let o = Head::new(self.inputs.o, heads, head, width);
         let grad = Head::new(self.inputs.grad, heads, head, width);
         for rows in &cut.blocks[segment.clone()] {
             let block = Block::new(cut, rows);
             let lse = &self.inputs.lse[head * tokens..][..tokens][rows.clone()];
-            for (row, delta) in delta[..block.len()].iter_mut().enumerate() {
-                *delta = dot_rows(grad.row(rows.start + row), o.row(rows.start + row));
-            }
+            self.inputs.deltas(&mut delta, rows, head);
             for panel in 0..stride / PANEL {
                 let cells = panel * QUERY_ROWS * PANEL..(panel * QUERY_ROWS + block.len()) * PANEL;
                 fill(&mut q_rows[cells.clone()], q, rows.start, panel);
@@ -409,8 +440,7 @@ impl Backward<'_> {
                 block.times_keys(&mut p, q, &self.keys, kv_head, &range);
                 block.times_keys(&mut ds, grad, &self.values, kv_head, &range);
                 for row in 0..block.len() {
-                    let seen = block.keys_seen(row..row + 1, &range);
-                    let seen = seen.start - range.start..seen.end - range.start;
+                    let seen = block.seen_by(row, &range);
                     let cells = row * STRIDE..row * STRIDE + range.len();
                     let (p, ds) = (&mut p[cells.clone()], &mut ds[cells]);
                     score_gradient_row(p, ds, seen, scale, lse[row], delta[row]);
@@ -420,12 +450,7 @@ impl Backward<'_> {
                 block.transposed_times_rows(&mut dk, stride, first, &ds, &q_rows, &range);
                 block.times_values(&mut dq, stride, &ds, &self.key_rows, kv_head, &range);
             }
-            for row in 0..block.len() {
-                let at = ((rows.start + row) * heads + head) * width;
-                // Safety: each row of each query head belongs to one task.
-                let out = unsafe { dq_parts.slice(at, width) };
-                out.copy_from_slice(&dq[row * stride..][..width]);
-            }
+            self.inputs.hand_over(dq_parts, rows, head, &dq, stride);
         }
         (dk, dv)
     }
@@ -438,7 +463,7 @@ dispatch! {
     pub(super) fn score_gradient_row(
         p: &mut [f32], ds: &mut [f32], seen: Range<usize>, scale: f32, lse: f32, delta: f32,
     ) = score_gradient_row_body;
-    pub(super) fn dot_rows(a: &[f32], b: &[f32]) -> f32 = dot;
+    fn dot_rows(a: &[f32], b: &[f32]) -> f32 = dot;
 }
 
 /// Takes one row of raw scores into the running softmax: the scores in `seen` become

@@ -11,8 +11,7 @@
 use super::Dims;
 use super::blocks::Blocks;
 use super::fused::{
-    BackwardInputs, Block, Scratch, dot_rows, each_block, each_head, score_gradient_row,
-    softmax_row,
+    BackwardInputs, Block, Scratch, each_block, each_head, score_gradient_row, softmax_row,
 };
 use super::panels::Head;
 use crate::common::{Aligned, Shared, View};
@@ -63,8 +62,7 @@ pub(super) fn forward(
             keys.times(scores, &q, head, block, rows, kv_head, &keys_of);
             for row in 0..block.len() {
                 let scores = &mut scratch.scores[row * STRIDE..][..keys_of.len()];
-                let seen = block.keys_seen(row..row + 1, &keys_of);
-                let seen = seen.start - keys_of.start..seen.end - keys_of.start;
+                let seen = block.seen_by(row, &keys_of);
                 let o = &mut scratch.o[row * width..][..width];
                 softmax_row(scores, seen, scale, &mut scratch.running[row], o);
                 pair_row(&mut scratch.weights[row * KEYS / 2..][..keys_of.len() / 2], scores);
@@ -145,13 +143,10 @@ impl Backward<'_> {
         let mut dq = Aligned::zeros(ROWS * width);
         let mut delta = [0f32; ROWS];
         let grad = Head::new(self.inputs.grad, heads, head, width);
-        let o = Head::new(self.inputs.o, heads, head, width);
         for rows in &cut.blocks[segment.clone()] {
             let block = Block::new(cut, rows);
             let lse = &self.inputs.lse[head * tokens..][..tokens][rows.clone()];
-            for (row, delta) in delta[..block.len()].iter_mut().enumerate() {
-                *delta = dot_rows(grad.row(rows.start + row), o.row(rows.start + row));
-            }
+            self.inputs.deltas(&mut delta, rows, head);
             let depth = block.len().next_multiple_of(STEP) / 2;
             turn(&mut q_turned, Head::new(self.inputs.q, heads, head, width), rows, depth);
             turn(&mut grad_turned, grad, rows, depth);
@@ -172,8 +167,7 @@ impl Backward<'_> {
                         ds.fill(0.0);
                         continue;
                     }
-                    let seen = block.keys_seen(row..row + 1, &keys);
-                    let seen = seen.start - keys.start..seen.end - keys.start;
+                    let seen = block.seen_by(row, &keys);
                     score_gradient_row(p, ds, seen, scale, lse[row], delta[row]);
                     pair_row(&mut ds_rows[row * KEYS / 2..][..keys.len() / 2], ds);
                 }
@@ -200,12 +194,7 @@ impl Backward<'_> {
                 let left = Left { data: &ds_rows, row: KEYS / 2 };
                 self.key_depth.times(out, block.len(), left, kv_head, &keys);
             }
-            for row in 0..block.len() {
-                let at = ((rows.start + row) * heads + head) * width;
-                // Safety: each row of each query head belongs to one task.
-                let out = unsafe { dq_parts.slice(at, width) };
-                out.copy_from_slice(&dq[row * width..][..width]);
-            }
+            self.inputs.hand_over(dq_parts, rows, head, &dq, width);
         }
         let skipped = segment_tokens.start - first;
         let back = |turned: &Aligned| {
