@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 5] = ["rows", "loss", "adamw", "attention", "flash"];
+const SOURCES: [&str; 6] = ["rows", "loss", "adamw", "gated", "attention", "flash"];
 const ARCHS: &str = "80,86,89,90a,100";
 
 fn main() {

@@ -664,3 +664,122 @@ fn errors_say_what_is_wrong() {
     // And the device goes on working.
     assert_eq!(gpu.upload(&[1i32, 2]).unwrap().to_vec().unwrap(), [1, 2]);
 }
+
+/// The MLP's backward in one pass: every product against sums of the rounded operands in f64.
+#[test]
+fn gated_backward_with_its_thin_products() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random::new();
+    let e = Element::Bf16;
+    // Ranks of gate, up, down; 0 is no adapter.
+    for (rows, width, ranks, add) in [
+        (1, 8, [16, 16, 16], false),
+        (33, 264, [16, 16, 16], true),
+        (300, 1536, [8, 4, 16], false),
+        (97, 520, [0, 16, 1], true),
+        (2100, 768, [16, 0, 8], false),
+    ] {
+        let Some((low_room, sums_room)) = ops::gated_room(&gpu, rows, width) else {
+            eprintln!("not run: the GPU has too little shared memory");
+            return;
+        };
+        let [gate_rank, up_rank, down_rank]: [usize; 3] = ranks;
+        let r = (gate_rank + up_rank).next_multiple_of(8);
+        for (code, act) in [(0, Act::Silu), (1, Act::Gelu), (2, Act::GeluTanh)] {
+            let (gate, up) = (random.values(rows * width, e), random.values(rows * width, e));
+            let dh = random.values(rows * width, e);
+            let (low, down) = (random.values(rows * r, e), random.values(rows * down_rank, e));
+            let b = random.values(2 * width * r, e);
+            let both: Vec<f32> = (0..rows)
+                .flat_map(|i| [&gate[i * width..][..width], &up[i * width..][..width]].concat())
+                .collect();
+            let ld = 2 * width + r + 8;
+            let gu = Mat::poisoned(&gpu, rows, ld, e);
+            let bytes: Vec<u8> =
+                both.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
+            gpu.write_rows((gu.at().0, ld * 2), &bytes, 4 * width).unwrap();
+            let old_b = random.values(2 * width * r, Element::F32);
+            let old_a = random.values(down_rank * width, Element::F32);
+            let poison = |v: &[f32]| match add {
+                true => v.to_vec(),
+                false => vec![f32::NAN; v.len()],
+            };
+            let db = gpu.upload(&poison(&old_b)).unwrap();
+            let da = gpu.upload(&poison(&old_a)).unwrap();
+            let room = [low_room, sums_room].map(|len| gpu.upload(&vec![f32::NAN; len]).unwrap());
+            let on = [
+                Mat::new(&gpu, &dh, width, width + 8, e),
+                Mat::new(&gpu, &low, r, r, e),
+                Mat::new(&gpu, &down, down_rank, down_rank + 8, e),
+                Mat::new(&gpu, &b, r, r + 8, e),
+            ];
+            let gated = ops::GatedBack {
+                dh: on[0].at(),
+                gu: gu.at(),
+                low: on[1].at(),
+                down: on[2].at(),
+                b: on[3].at(),
+                rows,
+                width,
+                act: code,
+                r,
+                parts: [(0, gate_rank), (gate_rank, up_rank)],
+                rank_down: down_rank,
+            };
+            let to = (db.ptr(), da.ptr());
+            ops::gated_back(&gpu, &gated, to, (room[0].ptr(), room[1].ptr()), add).unwrap();
+
+            let (tg, tu) = (tensor(&gate, &[rows, width]), tensor(&up, &[rows, width]));
+            let (wg, wu) = swiglu_backward(&tensor(&dh, &[rows, width]), &tg, &tu, act).unwrap();
+            let name = |what: &str| format!("{what} {rows}×{width} {ranks:?} {act:?}");
+            let grads = [gu.read(0, width), gu.read(width, width)];
+            close(&name("gate"), e, &grads[0], &flat(&wg));
+            close(&name("up"), e, &grads[1], &flat(&wu));
+            // From here on, of what the device has rounded.
+            let h: Vec<f32> = flat(&swiglu_forward(&tg, &tu, act).unwrap());
+            let h: Vec<f32> = h.iter().map(|x| round(*x, e)).collect();
+            let parts = [(0, gate_rank), (gate_rank, up_rank)];
+            let mut want = vec![0f32; rows * r];
+            for (half, (at, rank)) in parts.into_iter().enumerate() {
+                for row in 0..rows {
+                    for j in 0..rank {
+                        let sum: f64 = (0..width)
+                            .map(|i| {
+                                let b = b[(half * width + i) * r + at + j];
+                                f64::from(grads[half][row * width + i]) * f64::from(b)
+                            })
+                            .sum();
+                        want[row * r + at + j] = sum as f32;
+                    }
+                }
+            }
+            close(&name("dy·s·B"), e, &gu.read(2 * width, r), &want);
+            let (db, da) = (db.to_vec().unwrap(), da.to_vec().unwrap());
+            let over = |x: &[f32], i: usize, thin: &[f32], ld: usize, j: usize| -> f32 {
+                let products = (0..rows)
+                    .map(|row| f64::from(x[row * width + i]) * f64::from(thin[row * ld + j]));
+                products.sum::<f64>() as f32
+            };
+            let (mut got, mut want) = (Vec::new(), Vec::new());
+            for (half, (at, rank)) in parts.into_iter().enumerate() {
+                for i in 0..width {
+                    for j in 0..rank {
+                        let place = (half * width + i) * r + at + j;
+                        let old = if add { old_b[place] } else { 0.0 };
+                        got.push(db[place]);
+                        want.push(old + over(&grads[half], i, &low, r, at + j));
+                    }
+                }
+            }
+            close(&name("B of gate and up"), Element::F32, &got, &want);
+            let want: Vec<f32> = (0..down_rank * width)
+                .map(|at| {
+                    let old = if add { old_a[at] } else { 0.0 };
+                    old + over(&h, at % width, &down, down_rank, at / width)
+                })
+                .collect();
+            // h is rounded on both sides, but not always the same way.
+            close(&name("A of down"), e, &da, &want);
+        }
+    }
+}

@@ -64,6 +64,34 @@ __device__ __forceinline__ float block_max(float x) {
   return m;
 }
 
+// act(x) and its derivative: 0 SiLU, 1 GELU, 2 GELU by tanh. Known at compile time where it is in an
+// inner loop: a branch for each value would keep their exponentials from overlapping.
+template <int ACT> __device__ __forceinline__ float2 activated(float x) {
+  if (ACT == 0) {
+    const float s = __fdividef(1.f, 1.f + __expf(-x));
+    return make_float2(x * s, s * (1.f + x * (1.f - s)));
+  }
+  if (ACT == 1) {
+    const float cdf = 0.5f * (1.f + erff(x * 0.70710678f));
+    return make_float2(x * cdf, cdf + x * 0.39894228f * __expf(-0.5f * x * x));
+  }
+  const float c = 0.79788456f, t = tanhf(c * (x + 0.044715f * x * x * x));
+  const float d = 0.5f * x * (1.f - t * t) * c * (1.f + 3.f * 0.044715f * x * x);
+  return make_float2(0.5f * x * (1.f + t), 0.5f * (1.f + t) + d);
+}
+
+// In place: dh becomes h = act(gate)·up, and gate and up become their gradients.
+template <int ACT> __device__ __forceinline__ void gated_gradients(float* dh, float* gate, float* up) {
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    const float2 f = activated<ACT>(gate[k]);
+    const float grad = dh[k];
+    dh[k] = f.x * up[k];
+    gate[k] = grad * up[k] * f.y;
+    up[k] = grad * f.x;
+  }
+}
+
 // Defines KERNEL_f32 and KERNEL_bf16 from a template.
 #define BOTH(name, params, ...)                                                    \
   extern "C" __global__ void name##_f32 params(float) { name<float> __VA_ARGS__; } \

@@ -9,7 +9,7 @@ use super::gpu::{CudaError, Gpu, check};
 
 type Result<T> = std::result::Result<T, CudaError>;
 
-/// Pinned memory of the host.
+/// Pinned memory of the host. Freed when dropped, once the kernels queued until then are done.
 pub struct HostBuffer {
     gpu: Arc<Gpu>,
     at: *mut c_void,
@@ -18,8 +18,15 @@ pub struct HostBuffer {
 
 // Safety: plain memory, which only the device touches.
 unsafe impl Send for HostBuffer {}
+unsafe impl Sync for HostBuffer {}
 
 impl HostBuffer {
+    /// Its address for kernels, which read it over the bus.
+    pub fn ptr(&self) -> DevicePtr {
+        // Host and device share one space of addresses wherever pinned memory can be had.
+        self.at as DevicePtr
+    }
+
     /// Where each part stands.
     fn places(
         &self,
@@ -41,9 +48,10 @@ impl HostBuffer {
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        // Safety: the memory is ours, and the copier has waited (`Copier::drop`) or was never used.
+        // Safety: the memory is ours; copies were waited for (`Copier::drop`), kernels are now.
         unsafe {
             (self.gpu.driver.context_set)(self.gpu.context);
+            (self.gpu.driver.stream_wait)(self.gpu.stream);
             (self.gpu.driver.host_free)(self.at);
         }
     }

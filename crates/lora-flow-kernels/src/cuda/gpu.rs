@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::blas::Blas;
 use super::buffer::{Buffer, Event, Value};
 use super::driver::{self, Copy2d, DevicePtr, Driver, Handle, Missing};
+use super::gated::{GATED_BACK, GatedShape};
 
 /// Oldest architecture that bf16 products and the kernels run on: Ampere.
 const OLDEST: (c_int, c_int) = (8, 0);
@@ -16,10 +17,11 @@ const OLDEST: (c_int, c_int) = (8, 0);
 const OLDEST_DRIVER: c_int = 12000;
 
 /// Machine code of the kernels; each file a fat binary.
-const MODULES: [(&str, &[u8]); 5] = [
+const MODULES: [(&str, &[u8]); 6] = [
     ("rows.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin"))),
     ("loss.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/loss.fatbin"))),
     ("adamw.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/adamw.fatbin"))),
+    ("gated.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/gated.fatbin"))),
     ("attention.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin"))),
     ("flash.fatbin", include_bytes!(concat!(env!("OUT_DIR"), "/flash.fatbin"))),
 ];
@@ -162,6 +164,10 @@ pub struct Gpu {
     modules: Vec<Handle>,
     functions: HashMap<String, Handle>,
     flash: [FlashShape; 6],
+    /// How [`super::gated`] is launched, where the device has the shared memory for it.
+    pub(super) gated: Option<GatedShape>,
+    /// Multiprocessors.
+    pub(super) processors: usize,
     pub(crate) blas: Mutex<Blas>,
     pub(super) used: AtomicU64,
     peak: AtomicU64,
@@ -280,6 +286,8 @@ impl Gpu {
             modules: Vec::new(),
             functions: HashMap::new(),
             flash: Default::default(),
+            gated: None,
+            processors: 1,
             blas: Mutex::new(Blas::none()),
             used: AtomicU64::new(0),
             peak: AtomicU64::new(0),
@@ -308,7 +316,8 @@ impl Gpu {
         let flash = FLASH_PASSES
             .into_iter()
             .flat_map(|pass| [64, 128].map(|dim| format!("flash_{pass}_{dim}")));
-        let single = ["grad_squares", "clip_factor"].map(str::to_owned);
+        let single = ["grad_squares", "clip_factor", "gated_low", "gated_thin"];
+        let single = single.into_iter().chain(GATED_BACK).map(str::to_owned);
         for name in KERNELS.iter().flat_map(both).chain(flash).chain(single) {
             let c_name =
                 CString::new(name.as_str()).map_err(|e| CudaError::new(e.to_string(), ""))?;
@@ -325,15 +334,7 @@ impl Gpu {
             }
             self.functions.insert(name, function);
         }
-        let (mut at, mut bytes) = (0, 0);
-        let last = self.modules.last().copied().unwrap_or(std::ptr::null_mut());
-        // Safety: module and name are valid.
-        let code = unsafe {
-            (self.driver.module_global)(&mut at, &mut bytes, last, c"flash_shapes".as_ptr())
-        };
-        check(self.driver, code, "read the blocks of attention")?;
-        let mut shapes = [0i32; 24];
-        self.read(at, &mut shapes)?;
+        let shapes = self.table::<24>(c"flash_shapes")?;
         for (i, shape) in shapes.chunks(4).enumerate() {
             let shape = FlashShape {
                 rows: shape[0] as usize,
@@ -343,13 +344,52 @@ impl Gpu {
             };
             self.flash[i] = shape;
             let name = format!("flash_{}_{}", FLASH_PASSES[i % 3], [64, 128][i / 3]);
-            // Safety: the function is loaded; 8 is the limit of dynamic shared memory.
-            let code = unsafe {
-                (self.driver.function_set)(self.functions[&name], 8, shape.shared as c_int)
-            };
-            check(self.driver, code, "set the shared memory")?;
+            self.allow_shared(&name, shape.shared)?;
+        }
+        let [tokens, columns, threads, shared] = self.table::<4>(c"gated_shape")?;
+        let shared = shared as usize;
+        let (mut most, mut processors) = (0, 0);
+        // Safety: valid pointers; 97: the most shared memory of a block, 16: multiprocessors.
+        unsafe {
+            let ask = self.driver.device_attribute;
+            check(self.driver, ask(&mut most, 97, self.device), "shared memory")?;
+            check(self.driver, ask(&mut processors, 16, self.device), "multiprocessors")?;
+        }
+        self.processors = processors.max(1) as usize;
+        if most as usize >= shared {
+            for name in GATED_BACK {
+                self.allow_shared(name, shared)?;
+            }
+            let (tokens, columns) = (tokens as usize, columns as usize);
+            self.gated = Some(GatedShape { tokens, columns, threads: threads as u32, shared });
         }
         Ok(())
+    }
+
+    /// A table of numbers that a module holds under this name.
+    fn table<const N: usize>(&self, name: &CStr) -> Result<[i32; N]> {
+        let (mut at, mut bytes) = (0, 0);
+        // Safety: modules and name are valid.
+        let found = self.modules.iter().any(|module| unsafe {
+            (self.driver.module_global)(&mut at, &mut bytes, *module, name.as_ptr()) == 0
+        });
+        if !found || bytes != size_of::<[i32; N]>() {
+            let name = name.to_string_lossy();
+            return Err(CudaError::new(
+                format!("the program has no table `{name}`"),
+                "this is a bug",
+            ));
+        }
+        let mut table = [0; N];
+        self.read(at, &mut table)?;
+        Ok(table)
+    }
+
+    /// Lets a kernel have so many bytes of shared memory.
+    fn allow_shared(&self, name: &str, bytes: usize) -> Result<()> {
+        // Safety: the function is loaded; 8 is the limit of dynamic shared memory.
+        let code = unsafe { (self.driver.function_set)(self.functions[name], 8, bytes as c_int) };
+        check(self.driver, code, "set the shared memory")
     }
 
     /// Rows of a block of the fast attention for a head width: of queries forward, of queries for

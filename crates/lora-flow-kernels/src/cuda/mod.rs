@@ -9,6 +9,7 @@ mod blas;
 mod buffer;
 mod copier;
 mod driver;
+mod gated;
 mod gpu;
 pub mod ops;
 mod optimizer;

@@ -10,6 +10,7 @@ use super::driver::DevicePtr;
 use super::gpu::{CudaError, Gpu};
 
 pub use super::attention::{Attention, attention_bwd, attention_cached, attention_fwd};
+pub use super::gated::{GATED_RANK, GatedBack, gated_back, gated_room};
 pub use super::optimizer::{AdamWBuffers, AdamWStep, Matrix, PIECE, adamw, place};
 
 type Result<T> = std::result::Result<T, CudaError>;

@@ -210,61 +210,48 @@ __device__ void rope(T* x, size_t ldx, const float2* table, const int* positions
   (T* x, size_t ldx, const float2* table, const int* positions, int heads, int dim, float sign)
 BOTH(rope, ROPE, (x, ldx, table, positions, heads, dim, sign))
 
-// act(x) and its derivative: 0 SiLU, 1 GELU, 2 GELU by tanh.
-__device__ __forceinline__ float2 activate(float x, int act) {
-  if (act == 0) {
-    const float s = 1.f / (1.f + __expf(-x));
-    return make_float2(x * s, s * (1.f + x * (1.f - s)));
-  }
-  if (act == 1) {
-    const float cdf = 0.5f * (1.f + erff(x * 0.70710678f));
-    return make_float2(x * cdf, cdf + x * 0.39894228f * __expf(-0.5f * x * x));
-  }
-  const float c = 0.79788456f, t = tanhf(c * (x + 0.044715f * x * x * x));
-  const float d = 0.5f * x * (1.f - t * t) * c * (1.f + 3.f * 0.044715f * x * x);
-  return make_float2(0.5f * x * (1.f + t), 0.5f * (1.f + t) + d);
-}
-
 // h = act(gate)·up; a row of `gu` holds the gate and then up.
-template <typename T>
-__device__ void gated_fwd(T* h, size_t ldh, const T* gu, size_t ldgu, int width, int act) {
-  const size_t row = blockIdx.x;
-  const T* g = gu + row * ldgu;
+template <typename T, int ACT>
+__device__ void gated_fwd(T* h, const T* g, int width) {
   float a[8], b[8];
   for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
     load8(g + i, a);
     load8(g + width + i, b);
 #pragma unroll
-    for (int k = 0; k < 8; k++) a[k] = activate(a[k], act).x * b[k];
-    store8(h + row * ldh + i, a);
+    for (int k = 0; k < 8; k++) a[k] = activated<ACT>(a[k]).x * b[k];
+    store8(h + i, a);
   }
+}
+template <typename T>
+__device__ void gated_fwd(T* h, size_t ldh, const T* gu, size_t ldgu, int width, int act) {
+  h += blockIdx.x * ldh, gu += blockIdx.x * ldgu;
+  if (act == 0) gated_fwd<T, 0>(h, gu, width);
+  else if (act == 1) gated_fwd<T, 1>(h, gu, width);
+  else gated_fwd<T, 2>(h, gu, width);
 }
 #define GATED_FWD(T) (T* h, size_t ldh, const T* gu, size_t ldgu, int width, int act)
 BOTH(gated_fwd, GATED_FWD, (h, ldh, gu, ldgu, width, act))
 
 // In place: dh becomes h, and gate and up become their gradients.
-template <typename T>
-__device__ void gated_bwd(T* dh, size_t lddh, T* gu, size_t ldgu, int width, int act) {
-  const size_t row = blockIdx.x;
-  T* g = gu + row * ldgu;
-  T* d = dh + row * lddh;
+template <typename T, int ACT>
+__device__ void gated_bwd(T* d, T* g, int width) {
   float a[8], b[8], y[8];
   for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
     load8(g + i, a);
     load8(g + width + i, b);
     load8(d + i, y);
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-      const float2 f = activate(a[k], act);
-      const float grad = y[k];
-      y[k] = f.x * b[k];
-      a[k] = grad * b[k] * f.y;
-      b[k] = grad * f.x;
-    }
+    gated_gradients<ACT>(y, a, b);
     store8(d + i, y);
     store8(g + i, a);
     store8(g + width + i, b);
   }
+}
+template <typename T>
+__device__ void gated_bwd(T* dh, size_t lddh, T* gu, size_t ldgu, int width, int act) {
+  dh += blockIdx.x * lddh, gu += blockIdx.x * ldgu;
+  if (act == 0) gated_bwd<T, 0>(dh, gu, width);
+  else if (act == 1) gated_bwd<T, 1>(dh, gu, width);
+  else gated_bwd<T, 2>(dh, gu, width);
 }
 #define GATED_BWD(T) (T* dh, size_t lddh, T* gu, size_t ldgu, int width, int act)
 BOTH(gated_bwd, GATED_BWD, (dh, lddh, gu, ldgu, width, act))

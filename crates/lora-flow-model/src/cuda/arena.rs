@@ -75,8 +75,11 @@ struct Sizes {
 pub(super) struct Arena {
     sizes: Sizes,
     /// The residual stream after each layer, [N, H]; two in turns where nothing is kept. That before
-    /// the first, the embeddings, stands in the place of the first layer's output.
+    /// the first, the embeddings, stands in the place of the first layer's output, to be read again in
+    /// the backward,
     x: Vec<Buffer<u8>>,
+    /// or, where reading them is slow and there is room, here.
+    embedded: Option<Buffer<u8>>,
     in_turns: bool,
     /// With checkpointing: what takes the streams and the kept activations to the host.
     pub(super) ring: Option<Ring>,
@@ -117,6 +120,9 @@ pub(super) struct Backward {
     /// Of a normalised input [N, H], and in between of the attention's output [N, q].
     pub(super) dn: DevicePtr,
     pub(super) delta: Buffer<f32>,
+    /// Partial sums of the MLP's backward in one pass ([`ops::gated_back`]), where it can be: those of
+    /// dy·s·B go to the place of a normalised input, those of the gradients here.
+    pub(super) gated: Option<Buffer<f32>>,
 }
 
 /// Rows of logits at a time, where there is room, and the fewest that products are fast with.
@@ -130,7 +136,7 @@ impl Arena {
     pub(super) fn ready<'a>(
         slot: &'a mut Option<Self>,
         decoder: &CudaDecoder,
-        weights: &Weights,
+        weights: &mut Weights,
         batch: &DeviceBatch,
         wanted: Option<Wanted>,
         host: u64,
@@ -176,7 +182,7 @@ impl Arena {
 
     fn new(
         decoder: &CudaDecoder,
-        weights: &Weights,
+        weights: &mut Weights,
         sizes: Sizes,
         longest: usize,
     ) -> Result<Self, CudaError> {
@@ -210,6 +216,12 @@ impl Arena {
                 ld: padded(h + r2.max(r4)),
                 dn: part[1] + (n * qkv * size) as u64,
                 delta: gpu.alloc(n * config.num_attention_heads)?,
+                gated: match ops::gated_room(gpu, n, f) {
+                    Some((low, sums)) if size == 2 && r3 > 0 && 4 * low <= first => {
+                        Some(gpu.alloc(sums)?)
+                    }
+                    _ => None,
+                },
             }),
         };
         let kept = |sets: usize| -> Result<Vec<Kept>, CudaError> {
@@ -271,6 +283,11 @@ impl Arena {
             Ok(sizes.limit.map_or(free, |limit| free.min(limit.saturating_sub(gpu.memory().0))))
         };
         let others = if full { 0 } else { layers - lowest - 1 };
+        // A row of embeddings is read once a token; what takes its place, several times.
+        let mut host = sizes.host;
+        if room()? < (others * gate_up) as u64 {
+            host -= weights.embed_on_host(gpu, host)?;
+        }
         let ld = config.vocab_size.next_multiple_of(8) * size;
         let all = sizes.picked.max(64);
         let fits = (room()? / ld as u64).saturating_sub((others * gate_up / ld) as u64) as usize;
@@ -295,6 +312,7 @@ impl Arena {
         let mut arena = Self {
             sizes,
             x,
+            embedded: None,
             in_turns: !training,
             ring,
             kept,
@@ -318,7 +336,10 @@ impl Arena {
             let buffers = (0..others.min((room()? / gate_up as u64) as usize))
                 .map(|_| gpu.alloc::<u8>(gate_up))
                 .collect::<Result<_, _>>()?;
-            arena.place_gate_up(decoder, weights, lowest, buffers)?;
+            arena.place_gate_up(decoder, weights, lowest, buffers, host)?;
+            if weights.embeds_from_host() && lowest == 0 && room()? >= (n * h * size) as u64 {
+                arena.embedded = Some(matrix(h)?);
+            }
         }
         Ok(arena)
     }
@@ -330,10 +351,11 @@ impl Arena {
         weights: &Weights,
         lowest: usize,
         mut buffers: Vec<Buffer<u8>>,
+        host: u64,
     ) -> Result<(), CudaError> {
         let layers = weights.layers.len() - lowest;
         let bytes = self.gate_up.at(0, false).len();
-        let most = (self.sizes.host / bytes as u64) as usize;
+        let most = (host / bytes as u64) as usize;
         let (mut copier, mut speed) = (None, None);
         if buffers.len() + 1 < layers && most > 0 {
             let new = Copier::new(&decoder.gpu, weights.layers.len() + 1)?;
@@ -358,11 +380,19 @@ impl Arena {
 
     /// The residual stream that enters a layer; after the last, that of layer L.
     pub(super) fn x(&self, layer: usize) -> &Buffer<u8> {
+        if let (0, Some(embedded)) = (layer, &self.embedded) {
+            return embedded;
+        }
         &self.x[match self.ring {
             Some(_) => layer % RING,
             None if self.in_turns => layer % 2,
             None => layer.saturating_sub(1),
         }]
+    }
+
+    /// Whether the first layer's input is gone when its backward begins.
+    pub(super) fn embeds_again(&self) -> bool {
+        self.ring.is_none() && self.embedded.is_none()
     }
 
     /// Whether a layer's activations stay until its backward.

@@ -50,7 +50,7 @@ impl Session<'_> {
             self.reserve(self.past + on.tokens)?;
             let longest = self.past + on.tokens;
             on.longest = longest;
-            let arena = Arena::ready(&mut state.arena, decoder, &state.weights, &on, None, 0)?;
+            let arena = Arena::ready(&mut state.arena, decoder, &mut state.weights, &on, None, 0)?;
             let run = Run::new(decoder, &state.weights, arena, &on, self.adapter.is_some(), None);
             let positions: Vec<i32> = (self.past..longest).map(|p| p as i32).collect();
             let (positions, zeros) =

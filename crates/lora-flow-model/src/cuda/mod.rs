@@ -232,7 +232,8 @@ impl CudaDecoder {
         }
         let run = |state: &mut State| {
             let batch_on = DeviceBatch::new(&self.gpu, &self.config, batch)?;
-            let arena = Arena::ready(&mut state.arena, self, &state.weights, &batch_on, None, 0)?;
+            let arena =
+                Arena::ready(&mut state.arena, self, &mut state.weights, &batch_on, None, 0)?;
             let run =
                 pass::Run::new(self, &state.weights, arena, &batch_on, adapter.is_some(), None);
             run.embed()?;
@@ -270,7 +271,7 @@ impl CudaDecoder {
             let arena = Arena::ready(
                 &mut state.arena,
                 self,
-                &state.weights,
+                &mut state.weights,
                 &batch_on,
                 Some(wanted),
                 training.host_memory(),

@@ -116,7 +116,7 @@ impl<'a> Run<'a> {
     pub(super) fn embed(&self) -> Result<()> {
         let h = self.config.hidden_size;
         let x = (self.arena.x(0).ptr(), h);
-        ops::gather(self.gpu, self.e, x, self.weights.embed.ptr(), self.batch.ids(), self.n, h)
+        ops::gather(self.gpu, self.e, x, self.weights.embed(), self.batch.ids(), self.n, h)
     }
 
     /// x·Aᵀ into the columns beside x, and a copy of it into `keep`.
@@ -340,7 +340,70 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Gradients of a group's A and B: (dy·s·B)ᵀ·x and dyᵀ·(x·Aᵀ).
+    /// A product over all tokens, aᵀ·b, into f32.
+    fn over_tokens(&self, (m, n): (usize, usize), a: Mat, b: Mat, c: Mat, add: bool) -> Result<()> {
+        self.gpu.product(&Product {
+            m,
+            n,
+            k: self.n,
+            a,
+            a_t: true,
+            b,
+            b_t: false,
+            c,
+            add: c,
+            alpha: 1.0,
+            beta: if add { 1.0 } else { 0.0 },
+            input: self.e,
+            output: Element::F32,
+        })
+    }
+
+    /// Gradient of a group's B, dyᵀ·(x·Aᵀ).
+    fn gradient_b(
+        &self,
+        group: &Group,
+        grads: &GroupGrads,
+        dy: Mat,
+        low: Mat,
+        add: bool,
+    ) -> Result<()> {
+        if group.r == 0 {
+            return Ok(());
+        }
+        self.over_tokens((group.output, group.r), dy, low, (grads.b.ptr(), group.r), add)
+    }
+
+    /// Gradient of a group's A, (dy·s·B)ᵀ·x.
+    fn gradient_a(
+        &self,
+        group: &Group,
+        grads: &GroupGrads,
+        dy: Mat,
+        x: Mat,
+        add: bool,
+    ) -> Result<()> {
+        if group.r == 0 {
+            return Ok(());
+        }
+        let dlow = self.shift(dy, group.output);
+        let Some(dropout) = &self.dropout else {
+            let to = (grads.a.ptr(), group.input);
+            return self.over_tokens((group.r, group.input), dlow, x, to, add);
+        };
+        for place in &group.places {
+            let dropped = (dropout.scratch.ptr(), group.input);
+            let key = (dropout.key)(place.at);
+            ops::dropout(self.gpu, self.e, dropped, x, self.n, group.input, key, dropout.p, false)?;
+            let to = grads.a.ptr() + 4 * (place.column * group.input) as u64;
+            let dlow = self.shift(dlow, place.column);
+            let shape = (place.rank, group.input);
+            self.over_tokens(shape, dlow, dropped, (to, group.input), add)?;
+        }
+        Ok(())
+    }
+
+    /// Gradients of a group's A and B.
     fn gradients(
         &self,
         group: &Group,
@@ -350,40 +413,53 @@ impl<'a> Run<'a> {
         low: Mat,
         add: bool,
     ) -> Result<()> {
-        if group.r == 0 {
-            return Ok(());
-        }
-        let product = |m: usize, n: usize, a: Mat, b: Mat, c: Mat| {
-            self.gpu.product(&Product {
-                m,
-                n,
-                k: self.n,
-                a,
-                a_t: true,
-                b,
-                b_t: false,
-                c,
-                add: c,
-                alpha: 1.0,
-                beta: if add { 1.0 } else { 0.0 },
-                input: self.e,
-                output: Element::F32,
-            })
+        self.gradient_b(group, grads, dy, low, add)?;
+        self.gradient_a(group, grads, dy, x, add)
+    }
+
+    /// Whether [`ops::gated_back`] takes a layer: gate, up and down with ranks up to 16, no dropout.
+    fn gated_in_one(&self, w: &LayerWeights) -> bool {
+        let room = self.arena.backward.as_ref().is_some_and(|b| b.gated.is_some());
+        let (group, down) = (&w.groups[GATE_UP], &w.groups[DOWN]);
+        let ranks = group.places.iter().chain(&down.places).map(|p| p.rank);
+        room && self.dropout.is_none()
+            && group.r > 0
+            && down.r > 0
+            && ranks.max() <= Some(ops::GATED_RANK)
+    }
+
+    /// The gated activation's backward and all that is thin beside it.
+    fn gated_back(
+        &self,
+        w: &LayerWeights,
+        grads: &[GroupGrads; 4],
+        at: &Places,
+        (d, low): (Mat, Mat),
+        add: bool,
+    ) -> Result<()> {
+        let sums = self.arena.backward.as_ref().and_then(|b| b.gated.as_ref());
+        let (group, down) = (&w.groups[GATE_UP], &w.groups[DOWN]);
+        let width = self.config.intermediate_size;
+        let part = |row: usize| {
+            group.places.iter().find(|p| p.row == row).map_or((0, 0), |p| (p.column, p.rank))
         };
-        let dlow = self.shift(dy, group.output);
-        product(group.output, group.r, dy, low, (grads.b.ptr(), group.r))?;
-        let Some(dropout) = &self.dropout else {
-            return product(group.r, group.input, dlow, x, (grads.a.ptr(), group.input));
+        let gated = ops::GatedBack {
+            dh: at.h,
+            gu: at.gu,
+            low,
+            down: self.shift(d, down.output),
+            b: group.b(),
+            rows: self.n,
+            width,
+            act: self.act(),
+            r: group.r,
+            parts: [part(0), part(width)],
+            rank_down: down.places.iter().map(|p| p.rank).sum(),
         };
-        for place in &group.places {
-            let dropped = (dropout.scratch.ptr(), group.input);
-            let key = (dropout.key)(place.at);
-            ops::dropout(self.gpu, self.e, dropped, x, self.n, group.input, key, dropout.p, false)?;
-            let to = grads.a.ptr() + 4 * (place.column * group.input) as u64;
-            let dlow = self.shift(dlow, place.column);
-            product(place.rank, group.input, dlow, dropped, (to, group.input))?;
-        }
-        Ok(())
+        // The normalised input is made again afterwards.
+        let room = (at.n2.0, sums.map_or(0, Buffer::ptr));
+        let to = (grads[GATE_UP].b.ptr(), grads[DOWN].a.ptr());
+        ops::gated_back(self.gpu, &gated, to, room, add)
     }
 
     /// Backward of one layer: the gradients of its modules (added to those there if `add`), and
@@ -397,28 +473,34 @@ impl<'a> Run<'a> {
     ) -> Result<()> {
         let Some(backward) = &self.arena.backward else { return Ok(()) };
         let again = !self.arena.keeps(layer);
-        if layer == 0 && self.arena.ring.is_none() {
+        if layer == 0 && self.arena.embeds_again() {
             // The first layer's output stood in their place.
             self.embed()?;
         }
+        let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
+        let at = self.places(w, kept, layer, true);
+        let Backward { d, ld, dn, delta, .. } = backward;
+        let (gpu, e, n) = (self.gpu, self.e, self.n);
+        let (h, f) = (self.config.hidden_size, self.config.intermediate_size);
+        let in_one = self.gated_in_one(w);
         if again {
             self.attend(layer, true, None)?;
             self.gate_up(layer, true, true)?;
+            if in_one {
+                ops::gated_fwd(gpu, e, at.h, at.gu, n, f, self.act())?;
+                self.low_rank_in(&w.groups[DOWN], at.h, Some(&kept.low[2]))?;
+            }
         }
-        let (w, kept) = (&self.weights.layers[layer], self.arena.kept(layer));
-        let at = self.places(w, kept, layer, true);
-        let Backward { d, ld, dn, delta } = backward;
-        let (gpu, e, n) = (self.gpu, self.e, self.n);
-        let (h, f) = (self.config.hidden_size, self.config.intermediate_size);
         let (d, dn, d_o) = ((d.ptr(), *ld), (*dn, h), (*dn, self.q));
         let low = |i: usize, g: usize| (kept.low[i].ptr(), w.groups[g].r);
 
         // MLP
-        if !again {
-            ops::rms_again(gpu, e, at.n2, kept.rstd2.ptr(), at.x2, w.mlp_norm.ptr(), n, h)?;
-        }
+        let normalise =
+            || ops::rms_again(gpu, e, at.n2, kept.rstd2.ptr(), at.x2, w.mlp_norm.ptr(), n, h);
         let gate_up = &self.arena.gate_up;
-        if !again && gate_up.again(layer) {
+        let from_n2 = !again && gate_up.again(layer);
+        if from_n2 {
+            normalise()?;
             gate_up.enter_backward(layer)?;
             let group = &w.groups[GATE_UP];
             if group.r > 0 {
@@ -431,14 +513,23 @@ impl<'a> Run<'a> {
         if !gate_up.again(layer) {
             gate_up.enter_backward(layer)?;
         }
-        ops::gated_bwd(gpu, e, at.h, at.gu, n, f, self.act())?;
-        if again {
-            self.low_rank_in(&w.groups[DOWN], at.h, Some(&kept.low[2]))?;
+        if in_one {
+            self.gradient_b(&w.groups[DOWN], &grads[DOWN], d, low(2, DOWN), add)?;
+            self.gated_back(w, grads, &at, (d, low(1, GATE_UP)), add)?;
+        } else {
+            ops::gated_bwd(gpu, e, at.h, at.gu, n, f, self.act())?;
+            if again {
+                self.low_rank_in(&w.groups[DOWN], at.h, Some(&kept.low[2]))?;
+            }
+            self.gradients(&w.groups[DOWN], &grads[DOWN], d, at.h, low(2, DOWN), add)?;
+            self.low_rank_out(&w.groups[GATE_UP], at.gu)?;
+            self.gradient_b(&w.groups[GATE_UP], &grads[GATE_UP], at.gu, low(1, GATE_UP), add)?;
         }
-        self.gradients(&w.groups[DOWN], &grads[DOWN], d, at.h, low(2, DOWN), add)?;
-        self.low_rank_out(&w.groups[GATE_UP], at.gu)?;
         self.back(&w.groups[GATE_UP], at.gu, dn)?;
-        self.gradients(&w.groups[GATE_UP], &grads[GATE_UP], at.gu, at.n2, low(1, GATE_UP), add)?;
+        if in_one || !(again || from_n2) {
+            normalise()?;
+        }
+        self.gradient_a(&w.groups[GATE_UP], &grads[GATE_UP], at.gu, at.n2, add)?;
         gate_up.leave_backward(layer)?;
         ops::rms_bwd(gpu, e, d, dn, at.x2, w.mlp_norm.ptr(), kept.rstd2.ptr(), 0, n, h, true)?;
 

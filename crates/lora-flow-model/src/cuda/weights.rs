@@ -17,7 +17,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor, TensorId};
 use lora_flow_core::{Error, Result, ResultExt};
 use lora_flow_kernels::cuda::ops::{self, AdamWBuffers, Mat, Matrix, PIECE};
-use lora_flow_kernels::cuda::{Buffer, CudaError, DevicePtr, Element, Gpu};
+use lora_flow_kernels::cuda::{Buffer, Copier, CudaError, DevicePtr, Element, Gpu, HostBuffer};
 
 use super::arena::padded;
 use super::report;
@@ -102,9 +102,15 @@ pub(super) struct LayerWeights {
     pub(super) groups: [Group; 4],
 }
 
+/// The table of embeddings.
+enum Embeddings {
+    Device(Buffer<u8>),
+    Host(HostBuffer),
+}
+
 /// All weights of a model.
 pub(super) struct Weights {
-    pub(super) embed: Buffer<u8>,
+    embed: Embeddings,
     head: Option<Buffer<u8>>,
     pub(super) norm: Buffer<f32>,
     pub(super) layers: Vec<LayerWeights>,
@@ -272,12 +278,48 @@ impl Weights {
             });
         }
         let norm = small("model.norm.weight", h)?;
+        let embed = Embeddings::Device(embed);
         Ok(Self { embed, head, norm, layers, attached: Vec::new(), generation: 0 })
+    }
+
+    /// The embeddings [vocab, hidden].
+    pub(super) fn embed(&self) -> DevicePtr {
+        match &self.embed {
+            Embeddings::Device(table) => table.ptr(),
+            Embeddings::Host(table) => table.ptr(),
+        }
+    }
+
+    /// Whether they are in memory of the host.
+    pub(super) fn embeds_from_host(&self) -> bool {
+        matches!(self.embed, Embeddings::Host(_))
     }
 
     /// The head [vocab, hidden].
     pub(super) fn head(&self) -> DevicePtr {
-        self.head.as_ref().unwrap_or(&self.embed).ptr()
+        self.head.as_ref().map_or_else(|| self.embed(), Buffer::ptr)
+    }
+
+    /// Moves the embeddings to memory of the host, where a kernel reads the few rows that a batch has
+    /// of them. Bytes that this freed on the device: none if the head needs the table too, it is there
+    /// already, or the host has no room.
+    pub(super) fn embed_on_host(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        host: u64,
+    ) -> std::result::Result<u64, CudaError> {
+        let (Embeddings::Device(table), Some(_)) = (&self.embed, &self.head) else { return Ok(0) };
+        let bytes = table.len();
+        if host < bytes as u64 {
+            return Ok(0);
+        }
+        let copier = Copier::new(gpu, 1)?;
+        let Some(memory) = copier.host(bytes) else { return Ok(0) };
+        gpu.wait()?;
+        copier.send(0, &memory, &[(table.ptr(), bytes)])?;
+        copier.finish()?;
+        self.embed = Embeddings::Host(memory);
+        Ok(bytes as u64)
     }
 
     /// The lowest layer that carries an adapter.
