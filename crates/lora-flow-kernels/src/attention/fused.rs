@@ -268,7 +268,6 @@ impl<'a> Block<'a> {
 pub(super) struct Scratch {
     pub(super) scores: Aligned,
     /// The scores rounded to pairs, where products are made of them.
-    #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code))]
     pub(super) weights: Aligned,
     /// Σ exp(score − max)·v of each row so far.
     pub(super) o: Aligned,

@@ -7,7 +7,6 @@
 
 mod blocks;
 mod fused;
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod pairs;
 mod panels;
 pub mod reference;
@@ -29,12 +28,11 @@ pub struct Setting<'a> {
     pub scale: f32,
     /// With w a token sees itself and the w − 1 before it.
     pub window: Option<usize>,
-    /// `bf16`: where the processor has AMX, the operands of products are rounded to `bf16` and the
-    /// sums are `f32`. Elsewhere, and with anything else, they are taken as they stand.
+    /// `bf16`: where the processor multiplies such numbers, the operands of products are rounded to
+    /// `bf16` and the sums are `f32`. Elsewhere, and with anything else, they are taken as they stand.
     pub operands: DType,
 }
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 impl Setting<'_> {
     fn in_pairs(&self, dims: Dims) -> bool {
         self.operands == DType::BF16 && pairs::usable(dims.width)
@@ -59,7 +57,6 @@ pub fn forward(
     if !all_cpu_f32(&[q, k, v]) {
         return reference::forward(q, k, v, docs, scale, window);
     }
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     if setting.in_pairs(dims) {
         return pairs::forward(dims, q, k, v, docs, scale, window);
     }
@@ -117,7 +114,6 @@ pub fn backward(
     if !all_cpu_f32(&[grad, q, k, v, o, lse]) {
         return reference::backward(grad, q, k, v, o, lse, docs, scale, window);
     }
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     if setting.in_pairs(dims) {
         return pairs::backward(dims, grad, q, k, v, o, lse, docs, scale, window);
     }

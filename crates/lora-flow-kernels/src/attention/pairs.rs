@@ -1,4 +1,4 @@
-//! Blockwise attention with operands rounded to `bf16`, by AMX.
+//! Blockwise attention with operands rounded to `bf16`, by AMX or AVX512_BF16.
 //!
 //! The same blocks as in [`super::fused`], but every product is made of pairs of `bf16` numbers with
 //! `f32` sums: q, k, v and the gradient are rounded as they enter, probabilities and their gradients
@@ -15,7 +15,7 @@ use super::fused::{
 };
 use super::panels::Head;
 use crate::common::{Aligned, Shared, View};
-use crate::gemm::{amx, pair_row, weave};
+use crate::gemm::{PAIR_COLUMNS, amx, has_pairs, pair_panels, pair_row, weave};
 use crate::simd::Raw;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -28,14 +28,15 @@ const KEYS: usize = 128;
 /// Distance of two rows of scores: not a power of two, whose rows would share cache sets.
 const STRIDE: usize = KEYS + 16;
 /// Columns of a panel, and tokens or elements of a step of the depth.
-const STEP: usize = 2 * amx::STEP;
+const STEP: usize = PAIR_COLUMNS;
+const _: () = assert!(STEP == 2 * amx::STEP);
 
 /// Widest head.
 const WIDEST: usize = 512;
 
 /// True if heads of `width` elements can be multiplied here.
 pub(super) fn usable(width: usize) -> bool {
-    width.is_multiple_of(STEP) && width <= WIDEST && amx::available()
+    width.is_multiple_of(STEP) && width <= WIDEST && has_pairs()
 }
 
 /// See [`super::forward`].
@@ -272,8 +273,8 @@ fn product(c: Into<'_>, rows: usize, a: Left<'_>, depth: usize, panels: Panels<'
         b: panels.data.as_ptr(),
         depth,
     };
-    // Safety: the assertions keep every access in bounds, and `usable` has found AMX.
-    unsafe { amx::panels(raw, rows, panels.count, panels.size) }
+    // Safety: the assertions keep every access in bounds, and `usable` has asked.
+    unsafe { pair_panels(raw, rows, panels.count, panels.size) }
 }
 
 /// A tensor [N, heads, D] in pairs along D, row-major, with rows of zeros to fill the last tile.

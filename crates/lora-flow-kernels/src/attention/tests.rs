@@ -90,7 +90,7 @@ fn fused_equals_reference() -> Result<()> {
     Ok(())
 }
 
-/// With operands in bf16. Where the processor has no AMX they are taken as they stand, and the
+/// With operands in bf16. Where the processor has no such products they are taken as they stand, and the
 /// difference is that of the inputs, which are rounded here.
 #[test]
 fn pairs_are_close_to_the_reference_of_rounded_inputs() -> Result<()> {

@@ -13,13 +13,11 @@
 //! Each element of C is a sum in an order that the depths alone decide, so results keep their bits
 //! for any number of threads.
 
-#[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
 pub(crate) mod amx;
 mod pack;
 #[cfg(test)]
 mod tests;
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(crate) use pack::{pair_row, weave};
 
 use crate::common::Aligned;
@@ -258,6 +256,36 @@ impl Kernels {
         #[cfg(not(target_arch = "x86_64"))]
         {
             Vec::new()
+        }
+    }
+}
+
+/// True if this processor multiplies pairs of `bf16` numbers.
+pub(crate) fn has_pairs() -> bool {
+    Kernels::best().pairs.is_some()
+}
+
+/// Columns of a panel of pairs.
+pub(crate) const PAIR_COLUMNS: usize = 32;
+
+/// Rows of C = A·B or C += A·B, in pairs, for `count` panels of [`PAIR_COLUMNS`], each `size` floats
+/// after the one before and for the next columns of C. `raw.column` is 1, the depth a multiple of
+/// [`amx::STEP`], and the left operand has rows up to the next multiple of [`amx::HEIGHT`].
+///
+/// # Safety
+/// The operands must be valid for all of that, and [`has_pairs`] be true.
+pub(crate) unsafe fn pair_panels(raw: Raw, rows: usize, count: usize, size: usize) {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if amx::available() {
+        // Safety: by the caller.
+        return unsafe { amx::panels(raw, rows, count, size) };
+    }
+    let Some(pairs) = Kernels::best().pairs else { return };
+    for panel in 0..count {
+        // Safety: by the caller.
+        unsafe {
+            let (c, b) = (raw.c.add(panel * PAIR_COLUMNS), raw.b.add(panel * size));
+            (pairs.kernel)(Raw { c, b, ..raw }, rows);
         }
     }
 }

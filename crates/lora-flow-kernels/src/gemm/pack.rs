@@ -29,7 +29,6 @@ dispatch! {
     /// A row in pairs along it, filled up with zeros.
     pub(crate) fn pair_row(out: &mut [f32], values: &[f32]) = pair_row_body;
     /// Two rows in pairs across them.
-    #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code))]
     pub(crate) fn weave(out: &mut [f32], low: &[f32], high: &[f32]) = weave_body;
 }
 
@@ -271,7 +270,6 @@ fn pair_row_body<M: Isa>(out: &mut [f32], values: &[f32]) {
 }
 
 #[inline(always)]
-#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code))]
 fn weave_body<M: Isa>(out: &mut [f32], low: &[f32], high: &[f32]) {
     for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
         *out = join(rounded_bits(low), rounded_bits(high));
