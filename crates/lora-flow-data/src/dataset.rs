@@ -18,8 +18,9 @@ use crate::row_groups::RowGroups;
 /// Rows of a row group. Rows are written in whole groups, so that the bytes of a part depend on
 /// the rows alone and not on how they came in.
 const ROW_GROUP_ROWS: usize = 2048;
-/// Row groups of a part.
-const PART_GROUPS: usize = 256;
+/// Row groups of a part. The store hashes parts as memory, a part a thread, so that their size
+/// counts in the peak.
+const PART_GROUPS: usize = 128;
 
 /// What `dataset.json` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
