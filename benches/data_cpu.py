@@ -6,7 +6,7 @@ crate's own reader, and the memory of `ingest` as the data grow.
 
 LORA_FLOW is a release binary, MODEL a folder with weights and tokenizer.json, TEXTS a folder of which all .html (freed of
 tags), .md and .txt files are read: paragraphs that differ, gathered to rows of at most 2,000 characters. PART is
-`tokenize`, `ingest` or `memory`; all, if none is named. Needs `pip install tokenizers`, and for `ingest`
+`tokenize`, `ingest` or `memory`; all, if none is named. `tokenize` needs `pip install tokenizers`, the others
 
     cargo build --release -p lora-flow-data --example read_parquet
 
@@ -16,8 +16,9 @@ hard links; as much disk is needed once more, for what `ingest` writes), WORK (a
 
 Sides take turns; the medians are printed as Markdown. Ours is the whole process, files read, hashed, written and put into
 the store, less a run on one row; tokenizers' is its calls alone, on 1,000 texts at a time that are in memory already; the
-reader throws its rows away, unless it is `read and written`: by the same crate, compressed as `ingest` does. Memory is the
-peak of resident pages, mapped files included.
+reader throws its rows away, unless it is `read and written`: by the same crate, compressed as `ingest` does. What both read
+is compressed by zstd 3, as data from outside may be, so that the crate's reading does not depend on how `ingest` writes.
+Memory is the peak of resident pages, mapped files included.
 """
 import html
 import json
@@ -147,6 +148,7 @@ class Bench:
             self.rows, self.bytes = pool.apply(write_rows, (Path(texts), work))
         self.run("prepare", PREPARE)
         self.file, self.one = work / "rows/part-00000.parquet", work / "one/part-00000.parquet"
+        self.reader = self.binary.parent / "examples/read_parquet"
         print(f"{self.rows:,} rows, {self.bytes / 1e6:.1f} MB of text, {self.file.stat().st_size / 1e6:.1f} MB of Parquet; {len(CPUS)} threads\n")
 
     def run(self, name, text, *options, keep=True) -> dict:
@@ -189,32 +191,36 @@ class Bench:
             self.table(f"{tokens:,} tokens, `{overflow}`", "MB", {"`tokenize`": (ours, amount), f"tokenizers, `{call}`": (peers, amount)})
 
     def links(self, count) -> list:
+        """The rows under so many names, compressed by zstd 3."""
+        file = self.work / "outside.parquet"
+        if not file.exists():
+            measure([self.reader, "copy-3", self.file], self.work)
+            (self.work / "copy.parquet").rename(file)
         folder = self.work / "links"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for i in range(count):
-            os.link(self.file, folder / f"{i:06}.parquet")
+            os.link(file, folder / f"{i:06}.parquet")
         return sorted(folder.iterdir())
 
     def ingest(self):
         files = self.links(COPIES)
-        reader = self.binary.parent / "examples/read_parquet"
-        readers = {"its reading alone": "table", "parquet crate": "crate", "parquet crate, read and written": "copy"}
+        readers = {"its reading alone": "table", "parquet crate": "crate", "parquet crate, read and written": "copy-1"}
         sides = {name: [] for name in ("`ingest`", "`ingest`, duplicates removed", *readers)}
         for _ in range(ROUNDS):
             for name, more in (("`ingest`", ""), ("`ingest`, duplicates removed", ", dedup: true")):
                 start = self.run("ingest", INGEST.format(files="one/*.parquet", more=more), keep=False)
                 sides[name].append(less(self.run("ingest", INGEST.format(files="links/*.parquet", more=more), keep=False), start))
             for name, kind in readers.items():
-                start = measure([reader, kind, self.one], self.work)
-                sides[name].append(less(measure([reader, kind, *files], self.work), start))
+                start = measure([self.reader, kind, self.one], self.work)
+                sides[name].append(less(measure([self.reader, kind, *files], self.work), start))
         amount = self.bytes * COPIES / 1e6
         self.table(f"{amount:,.0f} MB of text in {COPIES} files", "MB", {name: (runs, amount) for name, runs in sides.items()})
 
     def memory(self):
         print("| Parquet, GB | text, GB | wall, s | peak memory, MB |\n|---|---|---|---|")
         for size in SIZES:
-            count = round(size * 1e9 / self.file.stat().st_size)
+            count = round(size * 1e9 / self.links(1)[0].stat().st_size)
             self.links(count)
             run = self.run("ingest", INGEST.format(files="links/*.parquet", more=""), keep=False)
             print(f"| {size:g} | {count * self.bytes / 1e9:.1f} | {run['wall']:.1f} | {run['memory']:.0f} |", flush=True)

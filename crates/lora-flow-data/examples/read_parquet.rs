@@ -1,7 +1,7 @@
 //! Reads Parquet files to the end and does nothing with them, for `benches/data_cpu.py`: `cargo run --release
 //! -p lora-flow-data --example read_parquet -- crate FILE…` by the parquet crate's Arrow reader as its
-//! documentation shows it, `-- table FILE…` as the tasks read them; `-- copy FILE…` writes what the crate reads to `copy.parquet`, compressed
-//! as a data set of ours. Prints the number of rows.
+//! documentation shows it, `-- table FILE…` as the tasks read them; `-- copy-LEVEL FILE…` writes what the crate reads to
+//! `copy.parquet`, in row groups as those of our data sets, by zstd of that level. Prints the number of rows.
 
 use std::error::Error;
 use std::fs::File;
@@ -16,21 +16,22 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let reader = args.next().unwrap_or_default();
     let files: Vec<String> = args.collect();
+    let level = reader.strip_prefix("copy-").map(str::parse).transpose()?;
     let mut rows = 0;
     match reader.as_str() {
-        "crate" | "copy" => {
+        _ if reader == "crate" || level.is_some() => {
             let mut writer = None;
             for file in &files {
                 for batch in ParquetRecordBatchReaderBuilder::try_new(File::open(file)?)?.build()? {
                     let batch = batch?;
                     rows += batch.num_rows();
-                    if reader == "copy" {
+                    if let Some(level) = level {
                         let writer = match &mut writer {
                             Some(writer) => writer,
                             none => none.insert(ArrowWriter::try_new(
                                 File::create("copy.parquet")?,
                                 batch.schema(),
-                                Some(properties()?),
+                                Some(properties(level)?),
                             )?),
                         };
                         writer.write(&batch)?;
@@ -49,15 +50,15 @@ fn main() -> Result<(), Box<dyn Error>> {
                 rows += batch?.rows.num_rows();
             }
         }
-        _ => return Err("usage: read_parquet crate|table|copy FILE…".into()),
+        _ => return Err("usage: read_parquet crate|table|copy-LEVEL FILE…".into()),
     }
     println!("{rows}");
     Ok(())
 }
 
-fn properties() -> Result<WriterProperties, Box<dyn Error>> {
+fn properties(level: i32) -> Result<WriterProperties, Box<dyn Error>> {
     Ok(WriterProperties::builder()
-        .set_compression(Compression::ZSTD(ZstdLevel::try_new(3)?))
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(level)?))
         .set_statistics_enabled(EnabledStatistics::None)
         .set_max_row_group_row_count(Some(2048))
         .build())

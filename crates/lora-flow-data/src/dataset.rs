@@ -1,26 +1,26 @@
 //! The Dataset artifact: `part-NNNNN.parquet` files in name order, and `dataset.json`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, RecordBatch};
 use arrow_schema::{DataType, SchemaRef};
-use arrow_select::concat::concat_batches;
 use lora_flow_core::{Artifact, Error, Result, ResultExt};
-use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use serde::{Deserialize, Serialize};
 
 use crate::data_file::{DataFile, FileFormat};
+use crate::row_groups::RowGroups;
 
 /// Rows of a row group. Rows are written in whole groups, so that the bytes of a part depend on
 /// the rows alone and not on how they came in.
 const ROW_GROUP_ROWS: usize = 2048;
-/// Row groups of a part.
-const PART_GROUPS: usize = 256;
+/// Row groups of a part. The store hashes parts as memory, a part a thread, so that their size
+/// counts in the peak.
+const PART_GROUPS: usize = 128;
 
 /// What `dataset.json` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,10 +33,15 @@ pub struct DatasetInfo {
     pub columns: BTreeMap<String, String>,
 }
 
+/// How hard zstd tries on a data set. Writing is bound by the compression: level 1 takes three
+/// quarters of level 3's time and the files grow by 9 %. Codecs without entropy coding save little
+/// more time and take half as much disk again (docs/performance.md).
+const ZSTD_LEVEL: i32 = 1;
+
 /// Properties of every Parquet file that we write: zstd, no statistics (texts make them large),
 /// and nothing that names a version or a time.
-pub(crate) fn parquet_properties(row_group_rows: usize) -> Result<ArrowWriterOptions> {
-    let level = ZstdLevel::try_new(3).context("zstd level")?;
+pub(crate) fn parquet_properties(row_group_rows: usize, level: i32) -> Result<ArrowWriterOptions> {
+    let level = ZstdLevel::try_new(level).context("zstd level")?;
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(level))
         .set_statistics_enabled(EnabledStatistics::None)
@@ -47,16 +52,17 @@ pub(crate) fn parquet_properties(row_group_rows: usize) -> Result<ArrowWriterOpt
     Ok(ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true))
 }
 
-/// Writes the files of a Dataset artifact; equal rows give equal bytes.
+/// Writes the files of a Dataset artifact; equal rows give equal bytes. Row groups are encoded by the
+/// threads of the rayon pool that the caller belongs to (see `row_groups`).
 pub struct DatasetWriter {
     folder: PathBuf,
     schema: SchemaRef,
-    writer: Option<ArrowWriter<std::fs::File>>,
+    part: Option<RowGroups>,
     /// Rows that do not fill a row group yet.
-    pending: Vec<RecordBatch>,
+    pending: VecDeque<RecordBatch>,
     pending_rows: usize,
+    /// Parts that are complete.
     parts: usize,
-    groups: usize,
     rows: u64,
     bytes: u64,
 }
@@ -67,11 +73,10 @@ impl DatasetWriter {
         Self {
             folder: folder.to_owned(),
             schema,
-            writer: None,
-            pending: Vec::new(),
+            part: None,
+            pending: VecDeque::new(),
             pending_rows: 0,
             parts: 0,
-            groups: 0,
             rows: 0,
             bytes: 0,
         }
@@ -88,43 +93,44 @@ impl DatasetWriter {
         self.rows += rows.num_rows() as u64;
         self.bytes += rows.columns().iter().map(|c| text_bytes(c.as_ref())).sum::<u64>();
         self.pending_rows += rows.num_rows();
-        self.pending.push(rows.clone());
+        self.pending.push_back(rows.clone());
         while self.pending_rows >= ROW_GROUP_ROWS {
             self.write_group(ROW_GROUP_ROWS)?;
         }
         Ok(())
     }
 
+    /// Makes a row group of the first rows that are pending.
     fn write_group(&mut self, rows: usize) -> Result<()> {
-        let all = concat_batches(&self.schema, &self.pending).context("cannot gather rows")?;
-        let rest = all.slice(rows, all.num_rows() - rows);
-        self.pending_rows = rest.num_rows();
-        self.pending = if rest.num_rows() > 0 { vec![rest] } else { Vec::new() };
-        if self.groups == PART_GROUPS {
+        let mut group = Vec::with_capacity(self.pending.len());
+        let mut missing = rows;
+        while missing > 0 {
+            let Some(batch) = self.pending.pop_front() else { break };
+            if batch.num_rows() > missing {
+                self.pending.push_front(batch.slice(missing, batch.num_rows() - missing));
+            }
+            group.push(batch.slice(0, missing.min(batch.num_rows())));
+            missing -= missing.min(batch.num_rows());
+        }
+        self.pending_rows -= rows;
+        if self.part.as_ref().is_some_and(|part| part.groups() == PART_GROUPS) {
             self.close_part()?;
         }
-        let writer = match &mut self.writer {
-            Some(writer) => writer,
+        let part = match &mut self.part {
+            Some(part) => part,
             None => {
                 let path = self.folder.join(format!("part-{:05}.parquet", self.parts));
-                let file = std::fs::File::create(&path)
-                    .with_context(|| format!("cannot create `{}`", path.display()))?;
-                let options = parquet_properties(ROW_GROUP_ROWS)?;
-                let writer = ArrowWriter::try_new_with_options(file, self.schema.clone(), options)
-                    .context("these columns cannot be written as Parquet")?;
-                self.writer.insert(writer)
+                let options = parquet_properties(ROW_GROUP_ROWS, ZSTD_LEVEL)?;
+                self.part.insert(RowGroups::create(&path, self.schema.clone(), options)?)
             }
         };
-        writer.write(&all.slice(0, rows)).context("cannot write rows")?;
-        self.groups += 1;
-        Ok(())
+        part.write(group)
     }
 
     fn close_part(&mut self) -> Result<()> {
-        if let Some(writer) = self.writer.take() {
-            writer.close().context("cannot write rows")?;
+        if let Some(part) = self.part.take() {
+            part.finish()?;
             self.parts += 1;
-            self.groups = 0;
         }
         Ok(())
     }

@@ -22,6 +22,7 @@ pub mod pack;
 mod parquet_file;
 mod python_text;
 mod row_filter;
+mod row_groups;
 mod row_hash;
 mod split;
 mod table;

@@ -20,6 +20,8 @@ use crate::tokenizer::TextTokenizer;
 
 /// Sequences of a row group.
 const ROW_GROUP_ROWS: usize = 1024;
+/// How hard zstd tries: next to tokenising it costs nothing.
+const ZSTD_LEVEL: i32 = 3;
 /// Tokens gathered before they are packed; bounds memory and fixes which documents can meet.
 const WINDOW_TOKENS: usize = 1 << 23;
 /// Characters of the example.
@@ -89,7 +91,7 @@ impl TokensWriter {
         let writer = ArrowWriter::try_new_with_options(
             file,
             sequences.schema.clone(),
-            parquet_properties(ROW_GROUP_ROWS)?,
+            parquet_properties(ROW_GROUP_ROWS, ZSTD_LEVEL)?,
         )
         .context("cannot write `tokens.parquet`")?;
         let info = TokensInfo {

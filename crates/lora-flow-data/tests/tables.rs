@@ -311,3 +311,15 @@ fn nested_and_empty_columns_survive_the_dataset() {
     assert!(second.contains("'name': 'n'"), "{second}");
     assert_eq!(batch.rows.column(1).logical_null_count(), 2);
 }
+
+#[test]
+fn a_dataset_of_no_rows_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let text: ArrayRef = Arc::new(StringArray::from(Vec::<&str>::new()));
+    let none = RecordBatch::try_from_iter([("text", text)]).unwrap();
+    let mut writer = DatasetWriter::new(dir.path(), none.schema());
+    writer.write(&none).unwrap();
+    let error = writer.finish().unwrap_err();
+    assert_eq!(error.to_string(), "there are no rows to write");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}

@@ -126,3 +126,18 @@ fn problems_are_found_before_anything_runs() {
         assert!(found.len() == 1 && found[0].starts_with(pointer), "{with}: {found:?}");
     }
 }
+
+#[test]
+fn a_file_that_is_damaged_in_the_middle_is_an_error_that_says_where() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows: String = (0..9000).map(|i| format!("{{\"text\": \"{i} {}\"}}\n", i * i)).collect();
+    let file = write(dir.path(), "a.jsonl", &rows);
+    let whole = ingest(dir.path(), json!({ "files": file })).unwrap();
+    let mut bytes = std::fs::read(whole.outputs["dataset"].join("part-00000.parquet")).unwrap();
+    // The last of the pages, each of which is a zstd frame.
+    let frame = bytes.windows(4).rposition(|w| w == [0x28, 0xb5, 0x2f, 0xfd]).unwrap();
+    bytes[frame..frame + 4].fill(0);
+    std::fs::write(dir.path().join("b.parquet"), bytes).unwrap();
+    let error = ingest(dir.path(), json!({ "files": "b.parquet" })).unwrap_err();
+    assert!(error.chain().contains("b.parquet` is damaged after row 8192"), "{}", error.chain());
+}
