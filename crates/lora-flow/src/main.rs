@@ -9,6 +9,7 @@ mod out;
 
 mod args;
 mod commands;
+mod memory;
 mod progress;
 mod report;
 mod table;
@@ -26,6 +27,7 @@ pub static BUILTIN: &[&[TaskKind]] = &[
 ];
 
 fn main() {
+    memory::keep_freed_blocks();
     let args = args::Args::parse();
     ui::init(&args.global);
     let code = commands::dispatch(args).unwrap_or_else(|failure| failure.render());

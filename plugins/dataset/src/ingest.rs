@@ -149,7 +149,6 @@ impl Task for Ingest {
 
         let mut rows = Rows::new(self, &table)?;
         let mut outputs = self.writers(cx, &rows.schema)?;
-        keep_freed_memory();
         // On a thread of the pool, which encodes what is written: reading takes one of the task's
         // threads and not one more.
         pool.install(|| self.copy(cx, &table, &mut rows, &mut outputs))?;
@@ -290,14 +289,6 @@ impl Ingest {
             .map(|name| Ok(DatasetWriter::new(&cx.output(name)?.path, schema.clone())))
             .collect()
     }
-}
-
-/// Has glibc keep the memory that batches and pages leave, in place of giving it back to the kernel
-/// and taking it again, zeroed, for the next ones: a tenth of the time of `ingest`. Freeing a large
-/// block tells glibc that such blocks come and go; any training does the same with larger ones. No
-/// page of it is touched, and other allocators make nothing of it.
-fn keep_freed_memory() {
-    drop(std::hint::black_box(Vec::<u8>::with_capacity(16 << 20)));
 }
 
 fn problem(pointer: &str, error: &Error) -> Problem {
