@@ -18,7 +18,7 @@ pub use tasks::{AnsweredSample, EvaluateTasks, answered_samples};
 
 /// The task kinds of this crate.
 pub const TASKS: &[TaskKind] = &[
-    kind::<Evaluate>("evaluate", 2, "perplexity of a model, with or without an adapter, on tokens"),
+    kind::<Evaluate>("evaluate", 3, "perplexity of a model, with or without an adapter, on tokens"),
     kind::<EvaluateTasks>(
         "evaluate-tasks",
         2,

@@ -16,5 +16,5 @@ pub use train::Train;
 pub const TASKS: &[TaskKind] = &[
     kind::<Model>("model", 1, "a base model from a GGUF file or a Hugging Face folder, checked"),
     kind::<LoraInject>("lora-inject", 1, "a fresh LoRA adapter for a model"),
-    kind::<Train>("train", 3, "an adapter, or a whole model, trained on tokens"),
+    kind::<Train>("train", 4, "an adapter, or a whole model, trained on tokens"),
 ];
