@@ -19,12 +19,12 @@ static ZSTD: LazyLock<Compression> =
 
 /// Rows with gaps in all columns; `kind` has few values, so that it is kept by a dictionary.
 fn rows(from: usize, to: usize) -> RecordBatch {
-    let some = |i: usize| (i % 11 > 0).then_some(i);
+    let some = |i: usize| (!i.is_multiple_of(11)).then_some(i);
     let text = (from..to).map(|i| some(i).map(|i| format!("row {i}, é {}", "na ".repeat(i % 50))));
     let kind = (from..to).map(|i| some(i + 1).map(|i| ["book", "letter", "note"][i % 3]));
     let number = (from..to).map(|i| some(i + 2).map(|i| i as i64));
     let float = (from..to).map(|i| some(i + 3).map(|i| i as f64 / 8.0));
-    let flag = (from..to).map(|i| some(i + 4).map(|i| i % 2 == 0));
+    let flag = (from..to).map(|i| some(i + 4).map(|i| i.is_multiple_of(2)));
     let list = (from..to).map(|i| Some((0..i as i32 % 4).map(Some).collect::<Vec<_>>()));
     RecordBatch::try_from_iter_with_nullable([
         ("text", Arc::new(StringArray::from_iter(text)) as ArrayRef, true),
