@@ -12,15 +12,19 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use serde::{Deserialize, Serialize};
 
+use crate::copied_groups::{SourceGroup, source_groups};
 use crate::data_file::{DataFile, FileFormat};
 use crate::row_groups::RowGroups;
+use crate::table::Table;
 
-/// Rows of a row group. Rows are written in whole groups, so that the bytes of a part depend on
-/// the rows alone and not on how they came in.
-const ROW_GROUP_ROWS: usize = 2048;
+/// Rows of a row group that we encode. Rows are written in whole groups, so that the bytes of a part
+/// depend on the rows alone and not on how they came in.
+pub(crate) const ROW_GROUP_ROWS: usize = 2048;
 /// Row groups of a part. The store hashes parts as memory, a part a thread, so that their size
 /// counts in the peak.
 const PART_GROUPS: usize = 128;
+/// Bytes of a part's copied row groups, from which on it takes none; they may be larger than ours.
+const PART_COPIED_BYTES: usize = 48 << 20;
 
 /// What `dataset.json` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,8 +56,11 @@ pub(crate) fn parquet_properties(row_group_rows: usize, level: i32) -> Result<Ar
     Ok(ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true))
 }
 
-/// Writes the files of a Dataset artifact; equal rows give equal bytes. Row groups are encoded by the
-/// threads of the rayon pool that the caller belongs to (see `row_groups`).
+/// Writes the files of a Dataset artifact. Rows that are [written](DatasetWriter::write) give bytes
+/// that depend on them alone; a [table](DatasetWriter::write_table) gives equal bytes for equal rows
+/// from files that are encoded alike, since their row groups are copied where that is possible. Row
+/// groups are encoded, and decoded to be checked, by the threads of the rayon pool that the caller
+/// belongs to (see `row_groups`).
 pub struct DatasetWriter {
     folder: PathBuf,
     schema: SchemaRef,
@@ -100,6 +107,66 @@ impl DatasetWriter {
         Ok(())
     }
 
+    /// Adds all rows of a table of just these columns, in this order. Where a file's row groups can
+    /// be copied (see `copied_groups`), they are; rows that are pending then become a group of their
+    /// own. `progress` is told how many rows of the table are done, and may end it all.
+    ///
+    /// # Errors
+    /// When the table has other columns, a file is damaged or the rows cannot be written, and what
+    /// `progress` gives. Of several errors in the files it is the first.
+    pub fn write_table(
+        &mut self,
+        table: &Table,
+        progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
+        let written = self.write_files(table, progress);
+        if written.is_err()
+            && let Some(part) = &mut self.part
+        {
+            // A group before the place of this error may be damaged too.
+            part.settle()?;
+        }
+        written
+    }
+
+    fn write_files(
+        &mut self,
+        table: &Table,
+        progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
+        let columns: Vec<String> = self.schema.fields().iter().map(|f| f.name().clone()).collect();
+        let schema = table.schema(&columns)?;
+        let mut done = 0;
+        for (index, file) in table.files().enumerate() {
+            match source_groups(file, &self.schema)? {
+                Some(groups) => {
+                    for group in groups {
+                        done += group.rows();
+                        self.copy_group(group)?;
+                        progress(done)?;
+                    }
+                }
+                None => {
+                    for batch in table.scan_files(schema.clone(), index..index + 1) {
+                        let rows = batch?.rows;
+                        done += rows.num_rows() as u64;
+                        self.write(&rows)?;
+                        progress(done)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_group(&mut self, group: SourceGroup) -> Result<()> {
+        if self.pending_rows > 0 {
+            self.write_group(self.pending_rows)?;
+        }
+        self.rows += group.rows();
+        self.part_for_a_group()?.copy(group)
+    }
+
     /// Makes a row group of the first rows that are pending.
     fn write_group(&mut self, rows: usize) -> Result<()> {
         let mut group = Vec::with_capacity(self.pending.len());
@@ -113,23 +180,30 @@ impl DatasetWriter {
             missing -= missing.min(batch.num_rows());
         }
         self.pending_rows -= rows;
-        if self.part.as_ref().is_some_and(|part| part.groups() == PART_GROUPS) {
+        self.part_for_a_group()?.write(group)
+    }
+
+    /// The part that takes the next row group.
+    fn part_for_a_group(&mut self) -> Result<&mut RowGroups> {
+        let full = |part: &RowGroups| {
+            part.groups() == PART_GROUPS || part.copied_bytes() >= PART_COPIED_BYTES
+        };
+        if self.part.as_ref().is_some_and(full) {
             self.close_part()?;
         }
-        let part = match &mut self.part {
+        Ok(match &mut self.part {
             Some(part) => part,
-            None => {
+            none => {
                 let path = self.folder.join(format!("part-{:05}.parquet", self.parts));
                 let options = parquet_properties(ROW_GROUP_ROWS, ZSTD_LEVEL)?;
-                self.part.insert(RowGroups::create(&path, self.schema.clone(), options)?)
+                none.insert(RowGroups::create(&path, self.schema.clone(), options)?)
             }
-        };
-        part.write(group)
+        })
     }
 
     fn close_part(&mut self) -> Result<()> {
         if let Some(part) = self.part.take() {
-            part.finish()?;
+            self.bytes += part.finish()?;
             self.parts += 1;
         }
         Ok(())
@@ -138,7 +212,7 @@ impl DatasetWriter {
     /// Writes what is left and `dataset.json`.
     ///
     /// # Errors
-    /// When there were no rows at all or the files cannot be written.
+    /// When there were no rows at all, what is copied is damaged or the files cannot be written.
     pub fn finish(mut self) -> Result<DatasetInfo> {
         if self.pending_rows > 0 {
             self.write_group(self.pending_rows)?;
@@ -161,7 +235,7 @@ impl DatasetWriter {
 }
 
 /// Bytes of all strings in an array.
-fn text_bytes(array: &dyn Array) -> u64 {
+pub(crate) fn text_bytes(array: &dyn Array) -> u64 {
     match array.data_type() {
         DataType::Utf8 => {
             let offsets = array.as_string::<i32>().value_offsets();

@@ -10,6 +10,7 @@ mod assistant_spans;
 mod cell;
 mod chat_template;
 mod columns;
+mod copied_groups;
 mod csv_file;
 mod data_file;
 mod dataset;

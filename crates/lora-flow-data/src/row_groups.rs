@@ -1,9 +1,10 @@
-//! A Parquet file whose row groups are encoded several at a time.
+//! A Parquet file whose row groups are made several at a time.
 //!
 //! Encoding and compressing are most of what writing costs, and a row group is encoded from its
-//! rows alone. So groups become jobs of the rayon pool that the writing thread belongs to, while
-//! that thread goes on to read; what they gave is appended in the order of the rows. The bytes
-//! depend neither on the number of threads nor on their timing.
+//! rows alone; one that is copied (see `copied_groups`) is decoded from its own pages alone. So
+//! groups become jobs of the rayon pool that the writing thread belongs to, while that thread goes
+//! on to read; what they gave is appended in the order of the rows. The bytes depend neither on the
+//! number of threads nor on their timing.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -23,6 +24,8 @@ use parquet::arrow::arrow_writer::{
 };
 use parquet::file::writer::SerializedFileWriter;
 
+use crate::copied_groups::{CheckedGroup, SourceGroup};
+
 /// Bytes of rows that may wait for a thread. Far more than keeps any number of threads at work
 /// while groups are of usual size; what it bounds is the memory that many threads, or very long
 /// rows, would take.
@@ -33,7 +36,7 @@ const WAITING_BYTES: usize = 48 << 20;
 /// as the rows came in.
 const PIECE_ROWS: usize = 256;
 
-/// Writes one Parquet file; each call of [`RowGroups::write`] is a row group.
+/// Writes one Parquet file; each call of [`RowGroups::write`] or [`RowGroups::copy`] is a row group.
 ///
 /// On a thread of a rayon pool the groups are encoded by that pool, and by the writing thread too
 /// once enough of them wait; on any other thread by the global pool. Dropped before
@@ -48,13 +51,21 @@ pub(crate) struct RowGroups {
     waiting_bytes: usize,
     abandoned: Arc<AtomicBool>,
     groups: usize,
+    copied_bytes: usize,
+    copied_text: u64,
 }
 
-/// A group that is being encoded, or waits for that.
+/// A group that is being encoded or checked, or waits for that.
 struct Waiting {
-    encoded: Receiver<std::thread::Result<Result<Vec<ArrowColumnChunk>>>>,
-    /// Memory its rows hold.
+    made: Receiver<std::thread::Result<Result<Group>>>,
+    /// Memory it takes.
     bytes: usize,
+}
+
+/// A group that can be appended.
+enum Group {
+    Encoded(Vec<ArrowColumnChunk>),
+    Copied(CheckedGroup),
 }
 
 impl RowGroups {
@@ -80,12 +91,19 @@ impl RowGroups {
             waiting_bytes: 0,
             abandoned: Arc::default(),
             groups: 0,
+            copied_bytes: 0,
+            copied_text: 0,
         })
     }
 
     /// Row groups so far, those that wait included.
     pub(crate) fn groups(&self) -> usize {
         self.groups
+    }
+
+    /// Bytes of the groups that are copied, so far.
+    pub(crate) fn copied_bytes(&self) -> usize {
+        self.copied_bytes
     }
 
     /// Adds a row group of all these rows. Returns before it is in the file; where too much waits,
@@ -95,6 +113,26 @@ impl RowGroups {
     /// When an earlier group cannot be encoded or written.
     pub(crate) fn write(&mut self, rows: Vec<RecordBatch>) -> Result<()> {
         let bytes = rows.iter().map(RecordBatch::get_array_memory_size).sum();
+        let (schema, columns) = (self.schema.clone(), self.columns.clone());
+        self.make(bytes, move || Ok(Group::Encoded(encode(&columns, &schema, rows)?)))
+    }
+
+    /// Adds a row group of a file of the same columns, once it has been decoded. Returns as
+    /// [`RowGroups::write`].
+    ///
+    /// # Errors
+    /// When an earlier group is damaged, or cannot be encoded or written.
+    pub(crate) fn copy(&mut self, group: SourceGroup) -> Result<()> {
+        self.copied_bytes += group.bytes();
+        self.make(group.decoding_bytes(), move || Ok(Group::Copied(group.check()?)))
+    }
+
+    /// Has the pool make the next group, which takes so many bytes meanwhile.
+    fn make(
+        &mut self,
+        bytes: usize,
+        make: impl FnOnce() -> Result<Group> + Send + 'static,
+    ) -> Result<()> {
         // Two a thread, so that none is idle while this one encodes a group itself.
         let most = 2 * rayon::current_num_threads();
         while self.waiting.len() >= most
@@ -102,8 +140,7 @@ impl RowGroups {
         {
             self.append_first()?;
         }
-        let (send, encoded) = sync_channel(1);
-        let (schema, columns) = (self.schema.clone(), self.columns.clone());
+        let (send, made) = sync_channel(1);
         let abandoned = self.abandoned.clone();
         // First in, first out, since the first is the one that is waited for.
         rayon::spawn_fifo(move || {
@@ -111,11 +148,11 @@ impl RowGroups {
                 return;
             }
             // A panic here would end the process; the writing thread hands it on instead.
-            let chunks = catch_unwind(AssertUnwindSafe(|| encode(&columns, &schema, rows)));
+            let group = catch_unwind(AssertUnwindSafe(make));
             // Nobody may be left to take it.
-            let _ = send.send(chunks);
+            let _ = send.send(group);
         });
-        self.waiting.push_back(Waiting { encoded, bytes });
+        self.waiting.push_back(Waiting { made, bytes });
         self.waiting_bytes += bytes;
         self.groups += 1;
         Ok(())
@@ -125,29 +162,47 @@ impl RowGroups {
     fn append_first(&mut self) -> Result<()> {
         let Some(first) = self.waiting.pop_front() else { return Ok(()) };
         self.waiting_bytes -= first.bytes;
-        let chunks = first.wait()?;
-        self.append(chunks)
+        let group = first.wait()?;
+        self.append(group)
     }
 
-    fn append(&mut self, chunks: Vec<ArrowColumnChunk>) -> Result<()> {
-        let mut group = self.file.next_row_group().context("cannot write rows")?;
-        for chunk in chunks {
-            chunk.append_to_row_group(&mut group).context("cannot write rows")?;
+    fn append(&mut self, group: Group) -> Result<()> {
+        let mut out = self.file.next_row_group().context("cannot write rows")?;
+        match group {
+            Group::Encoded(chunks) => {
+                for chunk in chunks {
+                    chunk.append_to_row_group(&mut out).context("cannot write rows")?;
+                }
+            }
+            Group::Copied(checked) => {
+                checked.append_to(&mut out)?;
+                self.copied_text += checked.text_bytes;
+            }
         }
-        group.close().context("cannot write rows")?;
+        out.close().context("cannot write rows")?;
         Ok(())
     }
 
-    /// Waits for all groups and writes the end of the file.
+    /// Waits for all groups.
     ///
     /// # Errors
-    /// When a group cannot be encoded or written.
-    pub(crate) fn finish(mut self) -> Result<()> {
+    /// When a group is damaged, or cannot be encoded or written.
+    pub(crate) fn settle(&mut self) -> Result<()> {
         while !self.waiting.is_empty() {
             self.append_first()?;
         }
-        self.file.finish().context("cannot write rows")?;
         Ok(())
+    }
+
+    /// Waits for all groups and writes the end of the file. Gives the bytes of text in the groups
+    /// that were copied.
+    ///
+    /// # Errors
+    /// As [`RowGroups::settle`].
+    pub(crate) fn finish(mut self) -> Result<u64> {
+        self.settle()?;
+        self.file.finish().context("cannot write rows")?;
+        Ok(self.copied_text)
     }
 }
 
@@ -158,23 +213,23 @@ impl Drop for RowGroups {
 }
 
 impl Waiting {
-    fn wait(self) -> Result<Vec<ArrowColumnChunk>> {
-        let encoded = loop {
-            match self.encoded.try_recv() {
-                Ok(encoded) => break Some(encoded),
+    fn wait(self) -> Result<Group> {
+        let made = loop {
+            match self.made.try_recv() {
+                Ok(made) => break Some(made),
                 Err(TryRecvError::Disconnected) => break None,
                 Err(TryRecvError::Empty) => {}
             }
             // This thread is one of the pool's: in a pool of one, nobody else does the work. If it
             // finds nothing to do, the group is in another's hands.
             if rayon::yield_now() != Some(rayon::Yield::Executed) {
-                break self.encoded.recv().ok();
+                break self.made.recv().ok();
             }
         };
-        match encoded {
-            Some(Ok(chunks)) => chunks,
+        match made {
+            Some(Ok(group)) => group,
             Some(Err(panic)) => resume_unwind(panic),
-            None => Err(Error::new("cannot write rows: the threads that encode them are gone")),
+            None => Err(Error::new("cannot write rows: the threads that make them are gone")),
         }
     }
 }

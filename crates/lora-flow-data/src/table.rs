@@ -1,6 +1,7 @@
 //! Several files of rows read as one table, in a fixed order and in bounded memory.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch, RecordBatchOptions};
@@ -208,7 +209,17 @@ impl Table {
     /// # Errors
     /// As [`Table::schema`]; reading errors come from the iterator.
     pub fn scan(&self, columns: &[String]) -> Result<Scan<'_>> {
-        Ok(Scan { table: self, schema: self.schema(columns)?, file: 0, reader: None, row: 0 })
+        Ok(self.scan_files(self.schema(columns)?, 0..self.files.len()))
+    }
+
+    /// Reads these files alone; the schema is that of the table.
+    pub(crate) fn scan_files(&self, schema: SchemaRef, files: Range<usize>) -> Scan<'_> {
+        Scan { table: self, schema, file: files.start, end: files.end, reader: None, row: 0 }
+    }
+
+    /// The files, in the order they are read.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &DataFile> {
+        self.files.iter().map(|f| &f.file)
     }
 }
 
@@ -224,6 +235,8 @@ pub struct Scan<'a> {
     table: &'a Table,
     schema: SchemaRef,
     file: usize,
+    /// The file before which it ends.
+    end: usize,
     reader: Option<Box<dyn Iterator<Item = Result<RecordBatch>> + Send>>,
     row: u64,
 }
@@ -255,7 +268,7 @@ impl Scan<'_> {
 
     fn batch(&mut self) -> Result<Option<Batch>> {
         loop {
-            let Some(file) = self.table.files.get(self.file) else { return Ok(None) };
+            let Some(file) = self.table.files[..self.end].get(self.file) else { return Ok(None) };
             if self.reader.is_none() {
                 self.reader = Some(self.open(file)?);
                 self.row = 0;

@@ -178,6 +178,13 @@ impl Ingest {
         rows: &mut Rows,
         outputs: &mut [DatasetWriter],
     ) -> Result<()> {
+        if let ([output], true) = (&mut *outputs, rows.all_are_kept(self)) {
+            return output.write_table(table, &mut |done| {
+                (rows.counts.read, rows.counts.kept) = (done, done);
+                cx.progress(done, Some(table.rows()), "row", "");
+                cx.check_cancelled()
+            });
+        }
         for batch in table.scan(&rows.selection.read)? {
             cx.check_cancelled()?;
             let batch = batch?;
@@ -372,6 +379,15 @@ impl Rows {
             limit: task.limit,
             counts: Counts::default(),
         })
+    }
+
+    /// Whether the one output gets every row, with the columns that are read under their names.
+    fn all_are_kept(&self, task: &Ingest) -> bool {
+        self.filter.is_none()
+            && self.dedup.is_none()
+            && task.split.is_empty()
+            && self.limit.is_none()
+            && self.selection.kept.iter().all(|(new, old)| new == old)
     }
 
     /// For each row the output it goes to, if any.

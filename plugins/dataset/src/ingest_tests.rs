@@ -141,3 +141,46 @@ fn a_file_that_is_damaged_in_the_middle_is_an_error_that_says_where() {
     let error = ingest(dir.path(), json!({ "files": "b.parquet" })).unwrap_err();
     assert!(error.chain().contains("b.parquet` is damaged after row 8192"), "{}", error.chain());
 }
+
+#[test]
+fn rows_are_the_same_whether_row_groups_are_copied_or_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows: String = (0..5000)
+        .map(|i| format!("{{\"n\": {i}, \"name\": \"name {i}\", \"text\": \"text {i}\"}}\n"))
+        .collect();
+    let file = write(dir.path(), "a.jsonl", &rows);
+    let first = ingest(dir.path(), json!({ "files": file })).unwrap();
+    let part =
+        |ran: &Ran| std::fs::read(ran.outputs["dataset"].join("part-00000.parquet")).unwrap();
+    std::fs::write(dir.path().join("b.parquet"), part(&first)).unwrap();
+    let all = texts(&first.outputs["dataset"]);
+    let again = |more: Value| {
+        let mut with = json!({ "files": "b.parquet" });
+        with.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        ingest(dir.path(), with).unwrap()
+    };
+    for same in [
+        json!({}),
+        json!({ "text": "text" }),
+        json!({ "where": "n >= 0" }),
+        json!({ "dedup": true }),
+        json!({ "limit": 9000 }),
+        json!({ "columns": ["n", "name", "text"] }),
+    ] {
+        let ran = again(same.clone());
+        assert_eq!(texts(&ran.outputs["dataset"]), all, "{same}");
+        assert_eq!(ran.report.lines().last(), first.report.lines().last());
+        assert_eq!(ran.summary, first.summary);
+        let info = |ran: &Ran| std::fs::read(ran.outputs["dataset"].join("dataset.json")).unwrap();
+        assert_eq!(info(&ran), info(&first), "{same}");
+    }
+    // Names that change places are no reason to copy what stands under them.
+    let swapped = again(json!({ "columns": { "text": "name", "name": "text", "n": "n" } }));
+    let (columns, rows) = texts(&swapped.outputs["dataset"]);
+    assert_eq!((columns, &rows[7]), (all.0, &vec!["7".into(), "text 7".into(), "name 7".into()]));
+    let chosen = again(json!({ "columns": ["text", "n"] }));
+    assert_eq!(texts(&chosen.outputs["dataset"]).1[7], ["text 7", "7"]);
+    let split = again(json!({ "split": { "train": 0.5, "eval": 0.5 } }));
+    let count = |name: &str| texts(&split.outputs[name]).1.len();
+    assert_eq!(count("train") + count("eval"), 5000);
+}

@@ -17,6 +17,6 @@ pub use tokenize::{Format, OnOverflow, TokenColumns, Tokenize};
 
 /// The task kinds of this plugin.
 pub const TASKS: &[TaskKind] = &[
-    kind::<Ingest>("ingest", 2, "rows from Parquet, JSONL or CSV: filter, deduplicate, split"),
+    kind::<Ingest>("ingest", 3, "rows from Parquet, JSONL or CSV: filter, deduplicate, split"),
     kind::<Tokenize>("tokenize", 2, "rows to token sequences: chat template, loss mask, packing"),
 ];
