@@ -72,8 +72,8 @@ pub(crate) fn source_groups(
     let groups = metadata.metadata().row_groups();
     // The root of the tree has a name of the writer's choice.
     if footer.schema().get_fields() != ours.root_schema().get_fields()
-        || groups.iter().map(RowGroupMetaData::num_rows).sum::<i64>() != footer.num_rows()
         || !(0..groups.len()).all(|index| is_usual(groups, index))
+        || groups.iter().map(RowGroupMetaData::num_rows).sum::<i64>() != footer.num_rows()
     {
         return Ok(None);
     }
@@ -92,8 +92,6 @@ fn is_usual(groups: &[RowGroupMetaData], index: usize) -> bool {
     let group = &groups[index];
     let fewest = if index > 0 && index + 1 == groups.len() { 1 } else { MIN_ROWS };
     (fewest..=MAX_ROWS).contains(&group.num_rows())
-        && group.columns().iter().map(ColumnChunkMetaData::uncompressed_size).sum::<i64>()
-            <= MAX_BYTES
         && group.columns().iter().all(|column| {
             let codec = column.compression();
             let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
@@ -101,7 +99,13 @@ fn is_usual(groups: &[RowGroupMetaData], index: usize) -> bool {
                 && column.file_path().is_none()
                 && start > 0
                 && (0..=2 * MAX_BYTES).contains(&column.compressed_size())
+                && (0..=MAX_BYTES).contains(&column.uncompressed_size())
+                && (start..=start.saturating_add(column.compressed_size()))
+                    .contains(&column.data_page_offset())
         })
+        // Last, when no number can be so large that sums of them overflow.
+        && group.columns().iter().map(ColumnChunkMetaData::uncompressed_size).sum::<i64>()
+            <= MAX_BYTES
 }
 
 impl SourceGroup {
