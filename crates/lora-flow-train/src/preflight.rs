@@ -271,7 +271,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_with_the_knobs_that_help() {
         let (model, config) = (model(), TrainConfig::default());
-        let shape = shape(4096, 4_884_480);
+        let shape = shape(6000, 4_884_480);
         let needed = shape.memory(&model, &config).total();
         check(&shape, &model, &config, needed).unwrap();
         let error = check(&shape, &model, &config, needed / 2).unwrap_err();
