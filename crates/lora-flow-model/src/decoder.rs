@@ -380,7 +380,9 @@ impl Decoder {
         let decoder = own.as_ref().unwrap_or(self);
         let adapters = &map.layers[lowest..];
         let ranks = adapters.iter().map(LayerAdapter::ranks).max().unwrap_or(0);
-        let keep = keep::plan(&self.config, options.checkpoint, batch.len(), ranks, adapters.len());
+        let bytes = self.embed.dtype().size_in_bytes();
+        let (policy, tokens) = (options.checkpoint, batch.len());
+        let keep = keep::plan(&self.config, policy, bytes, tokens, ranks, adapters.len());
         decoder
             .forward_backward(batch, &map, lowest, &keep, options, grads)
             .context("cannot compute the loss and its gradients")

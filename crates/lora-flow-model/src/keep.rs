@@ -3,22 +3,21 @@
 
 use crate::config::ModelConfig;
 
-/// Most bytes that [`Checkpoint::Auto`] keeps, the buffers of the layer at work included, for models
-/// smaller than that.
-const KEPT_BYTES: usize = 774 << 20;
-
-/// About what the buffers of one layer take in its backward, most of them as wide as the MLP.
-fn at_work(config: &ModelConfig, tokens: usize) -> usize {
-    4 * 14 * config.intermediate_size * tokens
+/// Most bytes that [`Checkpoint::Auto`] keeps for models smaller than that, for a batch of so many
+/// tokens: what a budget leaves beside the buffers of the layer at work, most of them as wide as the
+/// MLP. Over weights in bf16 there are rounded copies among them.
+fn most_kept(config: &ModelConfig, weight_bytes: usize, tokens: usize) -> usize {
+    let (budget, floats) = if weight_bytes > 2 { (720 << 20, 5) } else { (774 << 20, 14) };
+    let at_work: usize = 4 * floats * config.intermediate_size * tokens;
+    usize::saturating_sub(budget, at_work)
 }
 
 /// What a training step keeps of each layer between forward and backward. The gradients have the
 /// same bits either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Checkpoint {
-    /// As much as the model's weights would take in f32, or what 774 MiB leave beside the buffers of
-    /// the layer at work (about 56 bytes for each token and column of the MLP) if that is more: first
-    /// the products Gate and Up of some layers are made twice, then the attention as well.
+    /// As much as the model's weights would take in f32, or what 720 MiB (774 over weights in bf16)
+    /// leave beside the buffers of the layer at work if that is more: first the products Gate and Up of some layers are made twice, then the attention as well.
     #[default]
     Auto,
     /// Everything that a matrix product or the attention made: no product is computed twice.
@@ -58,10 +57,11 @@ impl Keep {
     }
 }
 
-/// What each of `layers` layers keeps for a batch of so many tokens.
+/// What each of `layers` layers keeps for a batch of so many tokens, over weights of so many bytes.
 pub(crate) fn plan(
     config: &ModelConfig,
     policy: Checkpoint,
+    weight_bytes: usize,
     tokens: usize,
     ranks: usize,
     layers: usize,
@@ -72,7 +72,7 @@ pub(crate) fn plan(
         Checkpoint::Auto => {
             let weights: usize =
                 config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-            KEPT_BYTES.saturating_sub(at_work(config, tokens)).max(4 * weights)
+            most_kept(config, weight_bytes, tokens).max(4 * weights)
         }
     };
     let size = |keep: Keep| keep.bytes(config, tokens, ranks);
@@ -106,13 +106,14 @@ impl Kept {
     pub fn of(
         config: &ModelConfig,
         policy: Checkpoint,
+        weight_bytes: usize,
         tokens: usize,
         ranks: usize,
         layers: usize,
     ) -> Self {
         let whole = Keep::All.bytes(config, tokens, ranks);
         let (mut held, mut most) = (0, 0);
-        for keep in plan(config, policy, tokens, ranks, layers) {
+        for keep in plan(config, policy, weight_bytes, tokens, ranks, layers) {
             // This layer's turn: those below are as the forward left them.
             most = most.max(held + whole);
             held += keep.bytes(config, tokens, ranks);
@@ -134,8 +135,8 @@ mod tests {
         });
         let config = ModelConfig::from_hf(&json).unwrap().0;
         // Floats of a layer and token: 2·16 + 2·24 + 2·12 + 4 + 2 + 7·2 = 124, Gate and Up 48.
-        let keep = |tokens| plan(&config, Checkpoint::Auto, tokens, 14, 2);
-        let kept = |tokens| Kept::of(&config, Checkpoint::Auto, tokens, 14, 2);
+        let keep = |tokens| plan(&config, Checkpoint::Auto, 4, tokens, 14, 2);
+        let kept = |tokens| Kept::of(&config, Checkpoint::Auto, 4, tokens, 14, 2);
         for (floats, expected, highest) in [
             (2 * 172, [Keep::All, Keep::All], 2 * 172),
             (124 + 172, [Keep::WithoutMlp, Keep::All], 124 + 172),
@@ -143,8 +144,8 @@ mod tests {
             (16 + 124, [Keep::Input, Keep::WithoutMlp], 172 + 16),
             (16, [Keep::Input, Keep::Input], 172 + 16),
         ] {
-            // 4·floats·tokens + at_work = KEPT_BYTES.
-            let tokens = KEPT_BYTES / (4 * floats + at_work(&config, 1));
+            // Just what the budget allows: 4·floats·tokens beside 4·5·24·tokens at work.
+            let tokens = (720 << 20) / (4 * floats + 4 * 5 * 24);
             assert_eq!(keep(tokens), expected);
             assert_eq!(kept(tokens).most, 4 * (highest * tokens) as u64);
             assert!(kept(tokens).after_forward <= kept(tokens).most);

@@ -110,7 +110,7 @@ impl Shape {
             false => Checkpoint::Auto,
         };
         let (ranks, layers) = (self.ranks as usize, self.layers as usize);
-        let kept = Kept::of(model, policy, n as usize, ranks, layers);
+        let kept = Kept::of(model, policy, self.weight_bytes as usize, n as usize, ranks, layers);
         // The widest moment of a layer's backward: the gradients of gate, up and their product,
         // that product, both streams and the normalised input.
         let backward = n * (4 * f + 5 * h) * F32;
