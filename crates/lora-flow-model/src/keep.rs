@@ -7,7 +7,7 @@ use crate::config::ModelConfig;
 /// tokens: what a budget leaves beside the buffers of the layer at work, most of them as wide as the
 /// MLP. Over weights in bf16 there are rounded copies among them.
 fn most_kept(config: &ModelConfig, weight_bytes: usize, tokens: usize) -> usize {
-    let (budget, floats) = if weight_bytes > 2 { (720 << 20, 5) } else { (774 << 20, 14) };
+    let (budget, floats) = if weight_bytes > 2 { (732 << 20, 7) } else { (774 << 20, 14) };
     let at_work: usize = 4 * floats * config.intermediate_size * tokens;
     usize::saturating_sub(budget, at_work)
 }
@@ -16,7 +16,7 @@ fn most_kept(config: &ModelConfig, weight_bytes: usize, tokens: usize) -> usize 
 /// same bits either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Checkpoint {
-    /// As much as the model's weights would take in f32, or what 720 MiB (774 over weights in bf16)
+    /// As much as the model's weights would take in f32, or what 732 MiB (774 over weights in bf16)
     /// leave beside the buffers of the layer at work if that is more: first the products Gate and Up of some layers are made twice, then the attention as well.
     #[default]
     Auto,
@@ -144,8 +144,8 @@ mod tests {
             (16 + 124, [Keep::Input, Keep::WithoutMlp], 172 + 16),
             (16, [Keep::Input, Keep::Input], 172 + 16),
         ] {
-            // Just what the budget allows: 4·floats·tokens beside 4·5·24·tokens at work.
-            let tokens = (720 << 20) / (4 * floats + 4 * 5 * 24);
+            // Just what the budget allows: 4·floats·tokens beside 4·7·24·tokens at work.
+            let tokens = (732 << 20) / (4 * floats + 4 * 7 * 24);
             assert_eq!(keep(tokens), expected);
             assert_eq!(kept(tokens).most, 4 * (highest * tokens) as u64);
             assert!(kept(tokens).after_forward <= kept(tokens).most);

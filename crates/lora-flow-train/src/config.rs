@@ -221,7 +221,7 @@ pub struct TrainConfig {
     pub report_to: Vec<ReportTo>,
     /// Keep only the residual stream between the layers and run each layer's forward again in the
     /// backward: about a third more work for a fraction of the memory. Same result. Without it, as
-    /// much is kept as the weights take in f32 (at least what 720 MiB leave beside the layer at
+    /// much is kept as the weights take in f32 (at least what 732 MiB leave beside the layer at
     /// work), and what exceeds that is made again.
     #[serde(default)]
     pub gradient_checkpointing: bool,
