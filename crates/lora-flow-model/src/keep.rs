@@ -17,7 +17,8 @@ fn most_kept(config: &ModelConfig, weight_bytes: usize, tokens: usize) -> usize 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Checkpoint {
     /// As much as the model's weights would take in f32, or what 732 MiB (774 over weights in bf16)
-    /// leave beside the buffers of the layer at work if that is more: first the products Gate and Up of some layers are made twice, then the attention as well.
+    /// leave beside the buffers of the layer at work if that is more: first the products Gate and
+    /// Up of some layers are made twice, then the attention as well.
     #[default]
     Auto,
     /// Everything that a matrix product or the attention made: no product is computed twice.

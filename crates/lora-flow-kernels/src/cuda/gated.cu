@@ -188,20 +188,26 @@ GATED_BACK(gated_back_0, 0)
 GATED_BACK(gated_back_1, 1)
 GATED_BACK(gated_back_2, 2)
 
+// Four values of a sum of parts that lie `stride` floats apart, in their order.
+__device__ __forceinline__ void sum_parts(float (&sum)[4], const float* part, int parts, size_t stride) {
+#pragma unroll
+  for (int k = 0; k < 4; k++) sum[k] = 0.f;
+#pragma unroll 8
+  for (int i = 0; i < parts; i++) {
+    const float4 x = *reinterpret_cast<const float4*>(part + i * stride);
+    sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
+  }
+}
+
 // dy·s·B of gate and up, [rows, r] beside their gradients, from its parts. A thread has four values.
 extern "C" __global__ void gated_low(const GatedBack p, int chunks, int r) {
   const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, all = (size_t)p.rows * 2 * RANK;
   if (i * 4 >= all) return;
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-  for (int c = 0; c < chunks; c++) {
-    const float4 x = *reinterpret_cast<const float4*>(p.part_low + c * all + i * 4);
-    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-  }
+  float v[4];
+  sum_parts(v, p.part_low + i * 4, chunks, all);
   const size_t token = i / (RANK / 2);
   const int half = i % (RANK / 2) / (RANK / 4), j = i % (RANK / 4) * 4;
   bf16* out = p.gu + token * p.ldgu + 2 * p.width;
-  const float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
   for (int k = 0; k < 4; k++)
     if (j + k < p.rank[half]) out[p.at[half] + j + k] = narrow<bf16>(v[k]);
@@ -216,15 +222,10 @@ extern "C" __global__ void gated_thin(const GatedBack p, float* db, float* da, i
   const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
   const size_t all = (size_t)3 * p.width * RANK;
   if (i * 4 >= all) return;
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-  for (int s = 0; s < parts; s++) {
-    const float4 x = *reinterpret_cast<const float4*>(p.part_thin + s * all + i * 4);
-    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-  }
+  float v[4];
+  sum_parts(v, p.part_thin + i * 4, parts, all);
   const size_t row = i / (RANK / 4);
   const int j = i % (RANK / 4) * 4, m = row / p.width;
-  const float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
   for (int k = 0; k < 4; k++) {
     if (j + k >= (m < 2 ? p.rank[m] : p.rank_down)) continue;

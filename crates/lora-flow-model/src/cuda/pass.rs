@@ -417,15 +417,17 @@ impl<'a> Run<'a> {
         self.gradient_a(group, grads, dy, x, add)
     }
 
-    /// Whether [`ops::gated_back`] takes a layer: gate, up and down with ranks up to 16, no dropout.
-    fn gated_in_one(&self, w: &LayerWeights) -> bool {
-        let room = self.arena.backward.as_ref().is_some_and(|b| b.gated.is_some());
+    /// The place of the partial sums, if [`ops::gated_back`] takes a layer: gate, up and down with
+    /// ranks up to 16, no dropout.
+    fn gated_sums(&self, w: &LayerWeights) -> Option<&'a Buffer<f32>> {
+        let sums = self.arena.backward.as_ref()?.gated.as_ref()?;
         let (group, down) = (&w.groups[GATE_UP], &w.groups[DOWN]);
         let ranks = group.places.iter().chain(&down.places).map(|p| p.rank);
-        room && self.dropout.is_none()
+        let takes = self.dropout.is_none()
             && group.r > 0
             && down.r > 0
-            && ranks.max() <= Some(ops::GATED_RANK)
+            && ranks.max() <= Some(ops::GATED_RANK);
+        takes.then_some(sums)
     }
 
     /// The gated activation's backward and all that is thin beside it.
@@ -435,9 +437,9 @@ impl<'a> Run<'a> {
         grads: &[GroupGrads; 4],
         at: &Places,
         (d, low): (Mat, Mat),
+        sums: &Buffer<f32>,
         add: bool,
     ) -> Result<()> {
-        let sums = self.arena.backward.as_ref().and_then(|b| b.gated.as_ref());
         let (group, down) = (&w.groups[GATE_UP], &w.groups[DOWN]);
         let width = self.config.intermediate_size;
         let part = |row: usize| {
@@ -457,7 +459,7 @@ impl<'a> Run<'a> {
             rank_down: down.places.iter().map(|p| p.rank).sum(),
         };
         // The normalised input is made again afterwards.
-        let room = (at.n2.0, sums.map_or(0, Buffer::ptr));
+        let room = (at.n2.0, sums.ptr());
         let to = (grads[GATE_UP].b.ptr(), grads[DOWN].a.ptr());
         ops::gated_back(self.gpu, &gated, to, room, add)
     }
@@ -482,11 +484,11 @@ impl<'a> Run<'a> {
         let Backward { d, ld, dn, delta, .. } = backward;
         let (gpu, e, n) = (self.gpu, self.e, self.n);
         let (h, f) = (self.config.hidden_size, self.config.intermediate_size);
-        let in_one = self.gated_in_one(w);
+        let sums = self.gated_sums(w);
         if again {
             self.attend(layer, true, None)?;
             self.gate_up(layer, true, true)?;
-            if in_one {
+            if sums.is_some() {
                 ops::gated_fwd(gpu, e, at.h, at.gu, n, f, self.act())?;
                 self.low_rank_in(&w.groups[DOWN], at.h, Some(&kept.low[2]))?;
             }
@@ -513,9 +515,9 @@ impl<'a> Run<'a> {
         if !gate_up.again(layer) {
             gate_up.enter_backward(layer)?;
         }
-        if in_one {
+        if let Some(sums) = sums {
             self.gradient_b(&w.groups[DOWN], &grads[DOWN], d, low(2, DOWN), add)?;
-            self.gated_back(w, grads, &at, (d, low(1, GATE_UP)), add)?;
+            self.gated_back(w, grads, &at, (d, low(1, GATE_UP)), sums, add)?;
         } else {
             ops::gated_bwd(gpu, e, at.h, at.gu, n, f, self.act())?;
             if again {
@@ -526,7 +528,7 @@ impl<'a> Run<'a> {
             self.gradient_b(&w.groups[GATE_UP], &grads[GATE_UP], at.gu, low(1, GATE_UP), add)?;
         }
         self.back(&w.groups[GATE_UP], at.gu, dn)?;
-        if in_one || !(again || from_n2) {
+        if sums.is_some() || !(again || from_n2) {
             normalise()?;
         }
         self.gradient_a(&w.groups[GATE_UP], &grads[GATE_UP], at.gu, at.n2, add)?;
